@@ -1,0 +1,2 @@
+//! Petra.
+fn main() {}

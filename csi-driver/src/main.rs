@@ -1,0 +1,2 @@
+//! Petra's CSI driver.
+fn main() {}

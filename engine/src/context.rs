@@ -1,0 +1,97 @@
+//! What the embedding program gives to an operation: clock and randomness, progress, cancellation, limits.
+//! The engine takes none of them from the surroundings.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, Result};
+use crate::id::SnapshotId;
+use crate::progress::{Progress, Silent};
+
+/// The clock and the source of randomness.
+pub trait Host: Send + Sync + fmt::Debug {
+    /// Milliseconds since the Unix epoch. Used for names and policies, never for safety.
+    fn unix_ms(&self) -> u64;
+
+    /// 128 random bits. Two calls anywhere in the world must never agree.
+    fn random(&self) -> u128;
+
+    /// A fresh snapshot id.
+    fn new_id(&self) -> SnapshotId {
+        SnapshotId::from_parts(self.unix_ms(), self.random())
+    }
+}
+
+/// The machine's clock and the kernel's random numbers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemHost;
+
+impl Host for SystemHost {
+    #[expect(clippy::disallowed_methods, reason = "this is the host")]
+    fn unix_ms(&self) -> u64 {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "this is the host")]
+    #[expect(clippy::expect_used, reason = "getrandom(2) can't fail on a supported kernel, and ids must not repeat")]
+    fn random(&self) -> u128 {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).expect("the kernel has random numbers");
+        u128::from_le_bytes(bytes)
+    }
+}
+
+/// Bounds on what an operation uses.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Threads that read, chunk, hash and compress.
+    pub threads: usize,
+    /// Requests to the store at one time.
+    pub requests: usize,
+    /// Packs that are complete and on their way to the store (each of pack size in memory).
+    pub packs_in_flight: usize,
+    /// Chunks the deduplication index remembers (about 80 bytes each).
+    pub index_chunks: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let threads = std::thread::available_parallelism().map_or(2, usize::from).min(16);
+        Self { threads, requests: 16, packs_in_flight: 2, index_chunks: 1 << 20 }
+    }
+}
+
+/// Handed to every operation. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Clock and randomness.
+    pub host: Arc<dyn Host>,
+    /// Where events go.
+    pub progress: Arc<dyn Progress>,
+    /// Cancels the operation at its next step; nothing half-made becomes visible.
+    pub cancel: CancellationToken,
+    /// Bounds.
+    pub limits: Limits,
+}
+
+impl Context {
+    /// Fails once the operation was cancelled.
+    pub fn check(&self) -> Result<()> {
+        if self.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+}
+
+impl Default for Context {
+    fn default() -> Self {
+        Self {
+            host: Arc::new(SystemHost),
+            progress: Arc::new(Silent),
+            cancel: CancellationToken::new(),
+            limits: Limits::default(),
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Object keys: the layout of a repository.
+//!
+//! | key | object |
+//! |---|---|
+//! | `config` | the repository's parameters, made once by `init` |
+//! | `packs/SESSION/NUMBER` | frames or manifest blocks |
+//! | `snaps/SESSION` | the session's decision, made once: Commit or Abort |
+//! | `marks/SNAPSHOT/K` | Delete (odd K), Purge or Undelete (even K), each made once |
+//! | `pins/OWNER/N` | snapshots that a session or clone needs |
+//! | `ends/CLONE` | the clone needs its pin no longer |
+//! | `runs/EXPERIMENT/RUN/SESSION` | where a session belongs: found by name, decided by `snaps/SESSION` |
+//!
+//! Keys are relative to the repository; stores add their prefix or directory.
+
+use std::fmt;
+
+use crate::id::{PackId, SnapshotId};
+use crate::name::Name;
+
+/// The key of one object.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(String);
+
+/// The prefix of all packs.
+pub const PACKS: &str = "packs/";
+/// The prefix of all decisions.
+pub const SNAPS: &str = "snaps/";
+/// The prefix of all marks.
+pub const MARKS: &str = "marks/";
+/// The prefix of all pins.
+pub const PINS: &str = "pins/";
+/// The prefix of all ends.
+pub const ENDS: &str = "ends/";
+/// The prefix of the catalogue.
+pub const RUNS: &str = "runs/";
+
+impl Key {
+    /// The repository's parameters.
+    pub fn config() -> Self {
+        Self("config".to_owned())
+    }
+
+    /// A pack.
+    pub fn pack(id: PackId) -> Self {
+        Self(format!("{PACKS}{id}"))
+    }
+
+    /// A session's decision.
+    pub fn snap(session: SnapshotId) -> Self {
+        Self(format!("{SNAPS}{session}"))
+    }
+
+    /// The `k`-th mark on a snapshot, from 1.
+    pub fn mark(snapshot: SnapshotId, k: u32) -> Self {
+        Self(format!("{MARKS}{snapshot}/{k:06}"))
+    }
+
+    /// The `n`-th pin of a session or clone.
+    pub fn pin(owner: SnapshotId, n: u32) -> Self {
+        Self(format!("{PINS}{owner}/{n:06}"))
+    }
+
+    /// A session's entry in the catalogue.
+    pub fn catalogue(experiment: &Name, run: &Name, session: SnapshotId) -> Self {
+        Self(format!("{}{session}", run_prefix(experiment, run)))
+    }
+
+    /// A key from a listing.
+    pub fn from_listing(key: String) -> Self {
+        Self(key)
+    }
+
+    /// The key as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The catalogue's entries of one experiment.
+pub fn experiment_prefix(experiment: &Name) -> String {
+    format!("{RUNS}{}/", experiment.key_component())
+}
+
+/// The catalogue's entries of one run.
+pub fn run_prefix(experiment: &Name, run: &Name) -> String {
+    format!("{RUNS}{}/{}/", experiment.key_component(), run.key_component())
+}
+
+/// The part of a listed key after `prefix`, as an id and a number (`SESSION/NUMBER`).
+pub fn parse_numbered(key: &str, prefix: &str) -> Option<PackId> {
+    key.strip_prefix(prefix)?.parse().ok()
+}
+
+/// The part of a listed key after `prefix`, as an id.
+pub fn parse_id(key: &str, prefix: &str) -> Option<SnapshotId> {
+    key.strip_prefix(prefix)?.parse().ok()
+}

@@ -1,0 +1,10 @@
+//! Petra's engine.
+pub mod context;
+pub mod error;
+pub mod id;
+pub mod key;
+pub mod name;
+pub mod progress;
+pub mod publish;
+pub mod store;
+pub mod url;

@@ -1,0 +1,1 @@
+//! Volumes on a Linux machine.
