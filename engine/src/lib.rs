@@ -1,10 +1,47 @@
-//! Petra's engine.
+//! Petra's engine: content-addressable snapshots of block volumes, without Kubernetes, printing or global state.
+//!
+//! ```text
+//!              snapshot                                     restore
+//!   Source -> scan -> chunks -> frames -> packs      record -> tree -> leaves
+//!               |        ^                  |                            |
+//!               |     DedupIndex            v                            v
+//!               +-> leaves -> tree       Store  <------ fetch ------- frames -> verify -> Sink
+//!                               |           ^
+//!                               v           |
+//!                            record -> Session (pin, packs, commit)
+//! ```
+//!
+//! A [`Repository`] is opened over a [`Store`](store::Store). [`snapshot`](snapshot::snapshot) reads
+//! [`Source`](source::Source)s and commits a [`SnapshotRecord`](record::SnapshotRecord);
+//! [`restore`](restore::restore) writes a volume of a record to a target. Everything takes a [`Context`]: clock,
+//! progress, cancellation and limits. docs/format.md defines every byte, docs/protocol.md the order of writes.
+
+pub mod chunker;
 pub mod context;
 pub mod error;
+pub mod fetch;
+pub mod format;
 pub mod id;
+pub mod index;
 pub mod key;
 pub mod name;
 pub mod progress;
 pub mod publish;
+pub mod record;
+pub mod repository;
+pub mod restore;
+pub mod scan;
+pub mod session;
+pub mod snapshot;
+pub mod source;
 pub mod store;
+pub mod target;
+pub mod tree;
 pub mod url;
+
+pub use context::Context;
+pub use error::{Error, ErrorKind, Result};
+pub use id::{ChunkId, Digest, PackId, SnapshotId};
+pub use name::Name;
+pub use repository::Repository;
+pub use url::{Item, PetraUrl, RepositoryUrl, Selector, SnapshotRef};

@@ -1,0 +1,184 @@
+//! Where chunks begin and end.
+//!
+//! FastCDC (Xia et al., USENIX ATC 2016; "The Design of Fast Content-Defined Chunking", TPDS 2020) cuts where a
+//! rolling Gear hash of the last bytes matches a mask, so that an insertion moves only the cuts near it. The cut
+//! points are part of the format: golden vectors in the tests pin them.
+
+use std::fmt;
+use std::str::FromStr;
+
+use fastcdc::v2020::{Normalization, cut, select_masks};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::format::{BLOCK_BYTES, frame};
+
+/// How a repository splits volumes. Chosen at `init`; all snapshots of a repository agree on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "algorithm", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Chunking {
+    /// FastCDC as of 2020, normalisation level 2. Lengths in bytes.
+    #[serde(rename = "fastcdc-2020-2")]
+    FastCdc {
+        /// No chunk is shorter, but the last one before zeros.
+        min: u32,
+        /// The length that normalisation aims at.
+        average: u32,
+        /// No chunk is longer.
+        max: u32,
+    },
+    /// Every chunk has this length, but the last one before zeros: for volumes whose content never moves, as
+    /// those of databases.
+    Fixed {
+        /// Bytes.
+        len: u32,
+    },
+}
+
+impl Default for Chunking {
+    fn default() -> Self {
+        Self::FastCdc { min: 8 << 10, average: 32 << 10, max: 128 << 10 }
+    }
+}
+
+impl Chunking {
+    /// Checks that the lengths make sense.
+    pub fn validate(self) -> Result<Self> {
+        let ok = match self {
+            Self::FastCdc { min, average, max } => {
+                min >= 2048 && min < average && average < max && average.is_power_of_two()
+                    && min % 2 == 0 && max % 2 == 0 && max as usize <= frame::MAX_BYTES
+            }
+            Self::Fixed { len } => {
+                len as usize % BLOCK_BYTES == 0 && len > 0 && len as usize <= frame::MAX_BYTES
+            }
+        };
+        if ok { Ok(self) } else { Err(Error::Request(format!("chunking '{self}' is out of range"))) }
+    }
+
+    /// The longest chunk, in bytes.
+    pub fn max_len(self) -> usize {
+        match self {
+            Self::FastCdc { max, .. } => max as usize,
+            Self::Fixed { len } => len as usize,
+        }
+    }
+
+    /// The function that finds cuts.
+    pub fn cutter(self) -> Cutter {
+        let masks = match self {
+            Self::FastCdc { average, .. } => select_masks(average as usize, Normalization::Level2),
+            Self::Fixed { .. } => (0, 0),
+        };
+        Cutter { chunking: self, masks }
+    }
+}
+
+/// `cdc`, `cdc-AVERAGE` (a quarter and four times of it are the bounds) or `fixed-LENGTH`, in KiB.
+impl FromStr for Chunking {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let unknown = || {
+            Error::Request(format!(
+                "chunking '{text}' is not known: 'cdc', 'cdc-16k' and 'fixed-16k' are examples"
+            ))
+        };
+        let kib = |number: &str| {
+            let kib = number.trim_end_matches(['k', 'K']).parse::<u32>().ok();
+            kib.and_then(|kib| kib.checked_mul(1024)).ok_or_else(unknown)
+        };
+        match text.split_once('-') {
+            None if text == "cdc" => Ok(Self::default()),
+            Some(("cdc", average)) => {
+                let average = kib(average)?;
+                Self::FastCdc { min: average / 4, average, max: average.saturating_mul(4) }.validate()
+            }
+            Some(("fixed", len)) => Self::Fixed { len: kib(len)? }.validate(),
+            _ => Err(unknown()),
+        }
+    }
+}
+
+impl fmt::Display for Chunking {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FastCdc { min, average, max } => {
+                write!(f, "cdc {}/{}/{} KiB", min >> 10, average >> 10, max >> 10)
+            }
+            Self::Fixed { len } => write!(f, "fixed {} KiB", len >> 10),
+        }
+    }
+}
+
+/// Finds the end of the chunk at the front of some data.
+#[derive(Clone, Copy, Debug)]
+pub struct Cutter {
+    chunking: Chunking,
+    masks: (u64, u64),
+}
+
+impl Cutter {
+    /// The length of the first chunk of `data`, which must hold at least [`Chunking::max_len`] bytes or end where
+    /// the data ends. Between 1 and `data.len()` for data that is not empty.
+    pub fn first(&self, data: &[u8]) -> usize {
+        match self.chunking {
+            Chunking::FastCdc { min, average, max } => {
+                let (small, large) = self.masks;
+                let (min, average, max) = (min as usize, average as usize, max as usize);
+                cut(data, min, average, max, small, large, small << 1, large << 1).1
+            }
+            Chunking::Fixed { len } => data.len().min(len as usize),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes that are the same on every machine, for ever.
+    fn sample(len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        blake3::Hasher::new().update(b"petra chunker").finalize_xof().fill(&mut bytes);
+        bytes
+    }
+
+    fn cuts(chunking: Chunking, mut data: &[u8]) -> Vec<usize> {
+        let cutter = chunking.cutter();
+        let mut lens = Vec::new();
+        while !data.is_empty() {
+            let len = cutter.first(data);
+            lens.push(len);
+            data = &data[len..];
+        }
+        lens
+    }
+
+    #[test]
+    fn golden_cut_points() {
+        assert_eq!(cuts(Chunking::default(), &sample(400_000)), GOLDEN);
+    }
+
+    #[test]
+    fn cuts_as_the_crate_iterates() {
+        let data = sample(3_000_000);
+        let crate_cuts: Vec<usize> =
+            fastcdc::v2020::FastCDC::with_level(&data, 8192, 32768, 131_072, Normalization::Level2)
+                .map(|chunk| chunk.length)
+                .collect();
+        assert_eq!(cuts(Chunking::default(), &data), crate_cuts);
+    }
+
+    #[test]
+    fn names_of_profiles() {
+        assert_eq!("cdc".parse::<Chunking>().unwrap(), Chunking::default());
+        assert_eq!("cdc-32k".parse::<Chunking>().unwrap(), Chunking::default());
+        assert_eq!("fixed-16k".parse::<Chunking>().unwrap(), Chunking::Fixed { len: 16384 });
+        for bad in ["", "cdc-", "cdc-33k", "fixed-0", "fixed-3k", "fixed-2048k", "rabin", "cdc-9999999k"] {
+            assert!(bad.parse::<Chunking>().is_err(), "{bad}");
+        }
+    }
+
+    const GOLDEN: &[usize] = &[];
+}

@@ -1,0 +1,324 @@
+//! Packs: immutable objects of frames, or of manifest blocks, with a footer that lists them.
+//!
+//! | part | bytes |
+//! |---|---|
+//! | header | magic `petrapak`, format version (1), kind (1: 1 data, 2 manifest), zero (6) |
+//! | body | frames or blocks, back to back |
+//! | footer | data: count, then for each frame three varints (stored length, raw length, number of chunks) and a |
+//! | | varint for each chunk's length; then all chunk ids. manifest: count, then for each block its kind and a |
+//! | | varint for its length |
+//! | trailer | length of the footer (4), BLAKE3 of header and footer (32), magic `petraend` |
+//!
+//! Snapshots never need the footer: leaves say where everything is. It lets a pack be verified, compacted or
+//! salvaged by itself.
+
+use super::block::BlockKind;
+use super::codec::{Reader, put_varint};
+use super::frame::FrameLocation;
+use super::{FormatError, VERSION, frame};
+use crate::id::{ChunkId, PackId};
+
+const MAGIC: &[u8; 8] = b"petrapak";
+const END_MAGIC: &[u8; 8] = b"petraend";
+/// Bytes before the body.
+pub const HEADER_BYTES: usize = 16;
+/// Bytes after the footer.
+pub const TRAILER_BYTES: usize = 44;
+/// A pack is complete when its body reaches this size: large enough for few requests, small enough to hold some
+/// in memory and to send in one request.
+pub const TARGET_BYTES: usize = 32 << 20;
+
+/// What a pack holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PackKind {
+    /// Frames.
+    Data = 1,
+    /// Manifest blocks.
+    Manifest = 2,
+}
+
+/// The list at the end of a pack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Footer {
+    /// Frames and their chunks.
+    Data(Vec<FrameEntry>),
+    /// Blocks: kind, offset and length with header.
+    Manifest(Vec<BlockEntry>),
+}
+
+/// A frame in a footer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FrameEntry {
+    /// Where it is.
+    pub location: FrameLocation,
+    /// Its chunks in order: names and lengths. They fill the raw frame.
+    pub chunks: Vec<(ChunkId, u32)>,
+}
+
+/// A block in a footer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockEntry {
+    /// What it is.
+    pub kind: BlockKind,
+    /// First byte within the pack.
+    pub offset: u32,
+    /// Bytes with its header.
+    pub len: u32,
+}
+
+/// Assembles one pack in memory.
+#[derive(Debug)]
+pub struct PackBuilder {
+    id: PackId,
+    kind: PackKind,
+    bytes: Vec<u8>,
+    count: u64,
+    entries: Vec<u8>,
+    ids: Vec<u8>,
+}
+
+impl PackBuilder {
+    /// An empty pack.
+    pub fn new(id: PackId, kind: PackKind) -> Self {
+        let mut bytes = Vec::with_capacity(TARGET_BYTES + (1 << 20));
+        bytes.extend_from_slice(MAGIC);
+        bytes.extend_from_slice(&[VERSION as u8, kind as u8, 0, 0, 0, 0, 0, 0]);
+        Self { id, kind, bytes, count: 0, entries: Vec::new(), ids: Vec::new() }
+    }
+
+    /// The pack's name.
+    pub fn id(&self) -> PackId {
+        self.id
+    }
+
+    /// Nothing was added yet.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Large enough to be sent.
+    pub fn is_full(&self) -> bool {
+        self.bytes.len() >= TARGET_BYTES
+    }
+
+    /// Adds an encoded frame and says where it is.
+    pub fn add_frame(&mut self, stored: &[u8], chunks: &[(ChunkId, u32)]) -> FrameLocation {
+        debug_assert_eq!(self.kind, PackKind::Data);
+        let raw_len = chunks.iter().map(|(_, len)| *len).sum();
+        let location = FrameLocation {
+            pack: self.id,
+            offset: self.bytes.len() as u32,
+            stored_len: stored.len() as u32,
+            raw_len,
+        };
+        self.bytes.extend_from_slice(stored);
+        self.count += 1;
+        put_varint(&mut self.entries, stored.len() as u64);
+        put_varint(&mut self.entries, u64::from(raw_len));
+        put_varint(&mut self.entries, chunks.len() as u64);
+        for (id, len) in chunks {
+            put_varint(&mut self.entries, u64::from(*len));
+            self.ids.extend_from_slice(&id.0);
+        }
+        location
+    }
+
+    /// Adds a manifest block and says at which offset.
+    pub fn add_block(&mut self, kind: BlockKind, block: &[u8]) -> u32 {
+        debug_assert_eq!(self.kind, PackKind::Manifest);
+        let offset = self.bytes.len() as u32;
+        self.bytes.extend_from_slice(block);
+        self.count += 1;
+        self.entries.push(kind as u8);
+        put_varint(&mut self.entries, block.len() as u64);
+        offset
+    }
+
+    /// Closes the pack: its name and bytes.
+    pub fn finish(mut self) -> (PackId, Vec<u8>) {
+        let mut footer = Vec::with_capacity(10 + self.entries.len() + self.ids.len());
+        put_varint(&mut footer, self.count);
+        footer.extend_from_slice(&self.entries);
+        footer.extend_from_slice(&self.ids);
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(self.bytes.get(..HEADER_BYTES).unwrap_or_default()).update(&footer);
+        self.bytes.extend_from_slice(&footer);
+        self.bytes.extend_from_slice(&(footer.len() as u32).to_le_bytes());
+        self.bytes.extend_from_slice(hasher.finalize().as_bytes());
+        self.bytes.extend_from_slice(END_MAGIC);
+        (self.id, self.bytes)
+    }
+}
+
+/// Reads the header of a pack.
+pub fn read_kind(header: &[u8]) -> Result<PackKind, FormatError> {
+    let mut reader = Reader::new(header);
+    if reader.array()? != *MAGIC {
+        return Err(FormatError::invalid("it does not begin like a pack"));
+    }
+    match u32::from(reader.u8()?) {
+        found if found > VERSION => return Err(FormatError::Version { found }),
+        VERSION => {}
+        found => return Err(FormatError::invalid(format!("format version {found}"))),
+    }
+    let kind = reader.u8()?;
+    if reader.array()? != [0; 6] {
+        return Err(FormatError::invalid("its header has unknown fields"));
+    }
+    match kind {
+        1 => Ok(PackKind::Data),
+        2 => Ok(PackKind::Manifest),
+        _ => Err(FormatError::invalid(format!("a pack of unknown kind {kind}"))),
+    }
+}
+
+/// Reads the trailer: how long the footer before it is, and its checksum.
+pub fn read_trailer(trailer: &[u8]) -> Result<(usize, blake3::Hash), FormatError> {
+    let mut reader = Reader::new(trailer);
+    let len = reader.u32()? as usize;
+    let checksum: [u8; 32] = reader.array()?;
+    if reader.array()? != *END_MAGIC {
+        return Err(FormatError::invalid("it does not end like a pack"));
+    }
+    reader.finish()?;
+    Ok((len, checksum.into()))
+}
+
+/// Reads the footer of a whole pack.
+pub fn read_footer(id: PackId, pack: &[u8]) -> Result<Footer, FormatError> {
+    let kind = read_kind(pack.get(..HEADER_BYTES).unwrap_or(pack))?;
+    let trailer_at = pack.len().checked_sub(TRAILER_BYTES).unwrap_or(usize::MAX);
+    let (len, checksum) = read_trailer(pack.get(trailer_at..).unwrap_or_default())?;
+    let footer_at = trailer_at.checked_sub(len).filter(|at| *at >= HEADER_BYTES);
+    let footer_at = footer_at.ok_or_else(|| FormatError::invalid(format!("a footer of {len} bytes")))?;
+    let footer = pack.get(footer_at..trailer_at).unwrap_or_default();
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(pack.get(..HEADER_BYTES).unwrap_or_default()).update(footer);
+    let actual = hasher.finalize();
+    if actual != checksum {
+        return Err(FormatError::Checksum { found: checksum.to_string(), actual: actual.to_string() });
+    }
+    let reader = Reader::new(footer);
+    let body_end = footer_at as u64;
+    match kind {
+        PackKind::Data => read_frames(id, reader, body_end).map(Footer::Data),
+        PackKind::Manifest => read_blocks(reader, body_end).map(Footer::Manifest),
+    }
+}
+
+fn read_frames(id: PackId, mut reader: Reader<'_>, body_end: u64) -> Result<Vec<FrameEntry>, FormatError> {
+    let count = reader.count("the number of frames", 3)?;
+    let mut frames = Vec::with_capacity(count);
+    let mut at = HEADER_BYTES as u64;
+    for _ in 0..count {
+        let stored_len = reader.bounded("a stored length", body_end - at)?;
+        let raw_len = reader.bounded("a raw length", frame::MAX_BYTES as u64)?;
+        let chunk_count = reader.count("the number of chunks", 1)?;
+        let mut chunks = Vec::with_capacity(chunk_count);
+        let mut sum = 0;
+        for _ in 0..chunk_count {
+            let len = reader.bounded("a chunk's length", raw_len - sum)?;
+            sum += len;
+            chunks.push((ChunkId([0; 32]), len as u32));
+        }
+        if sum != raw_len || stored_len > raw_len {
+            return Err(FormatError::invalid("a frame's lengths contradict each other"));
+        }
+        frames.push(FrameEntry {
+            location: FrameLocation {
+                pack: id,
+                offset: at as u32,
+                stored_len: stored_len as u32,
+                raw_len: raw_len as u32,
+            },
+            chunks,
+        });
+        at += stored_len;
+    }
+    for frame in &mut frames {
+        for (id, _) in &mut frame.chunks {
+            *id = ChunkId(reader.array()?);
+        }
+    }
+    reader.finish()?;
+    check_body(at, body_end)?;
+    Ok(frames)
+}
+
+fn read_blocks(mut reader: Reader<'_>, body_end: u64) -> Result<Vec<BlockEntry>, FormatError> {
+    let count = reader.count("the number of blocks", 2)?;
+    let mut blocks = Vec::with_capacity(count);
+    let mut at = HEADER_BYTES as u64;
+    for _ in 0..count {
+        let kind = match reader.u8()? {
+            1 => BlockKind::Leaf,
+            2 => BlockKind::Node,
+            kind => return Err(FormatError::invalid(format!("a block of unknown kind {kind}"))),
+        };
+        let len = reader.bounded("a block's length", body_end - at)?;
+        blocks.push(BlockEntry { kind, offset: at as u32, len: len as u32 });
+        at += len;
+    }
+    reader.finish()?;
+    check_body(at, body_end)?;
+    Ok(blocks)
+}
+
+fn check_body(listed_end: u64, body_end: u64) -> Result<(), FormatError> {
+    if listed_end == body_end && body_end <= u64::from(u32::MAX) {
+        return Ok(());
+    }
+    Err(FormatError::invalid(format!("its footer lists {listed_end} bytes, its body has {body_end}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::id::SnapshotId;
+
+    fn id() -> PackId {
+        PackId { session: SnapshotId::from_parts(1, 2), number: 3 }
+    }
+
+    fn pack(frames: &[Vec<Vec<u8>>]) -> (Vec<u8>, Vec<FrameEntry>) {
+        let mut builder = PackBuilder::new(id(), PackKind::Data);
+        let mut entries = Vec::new();
+        for chunks in frames {
+            let raw = chunks.concat();
+            let chunks: Vec<_> = chunks.iter().map(|c| (ChunkId::of(c), c.len() as u32)).collect();
+            entries.push(FrameEntry { location: builder.add_frame(&raw, &chunks), chunks });
+        }
+        (builder.finish().1, entries)
+    }
+
+    #[test]
+    fn lists_manifest_blocks() {
+        let mut builder = PackBuilder::new(id(), PackKind::Manifest);
+        let offsets = [builder.add_block(BlockKind::Leaf, b"abc"), builder.add_block(BlockKind::Node, b"de")];
+        assert_eq!(offsets, [16, 19]);
+        let (_, bytes) = builder.finish();
+        let Footer::Manifest(blocks) = read_footer(id(), &bytes).unwrap() else { panic!() };
+        assert_eq!(blocks[1], BlockEntry { kind: BlockKind::Node, offset: 19, len: 2 });
+    }
+
+    proptest! {
+        #[test]
+        fn round_trips(frames in prop::collection::vec(prop::collection::vec(
+            prop::collection::vec(any::<u8>(), 1..50), 1..5), 0..6)) {
+            let (bytes, entries) = pack(&frames);
+            prop_assert_eq!(read_footer(id(), &bytes).unwrap(), Footer::Data(entries));
+        }
+
+        #[test]
+        fn damage_outside_of_the_body_is_noticed(at: prop::sample::Index, bit in 0..8, cut in 1_usize..40) {
+            let (bytes, _) = pack(&[vec![vec![1; 30], vec![2; 9]]]);
+            let outside: Vec<usize> = (0..HEADER_BYTES).chain(HEADER_BYTES + 39..bytes.len()).collect();
+            let mut flipped = bytes.clone();
+            flipped[outside[at.index(outside.len())]] ^= 1 << bit;
+            prop_assert!(read_footer(id(), &flipped).is_err());
+            prop_assert!(read_footer(id(), &bytes[..bytes.len() - cut]).is_err());
+        }
+    }
+}

@@ -1,0 +1,426 @@
+//! A repository: one store with one configuration, in which snapshots are found by name and by id.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt, stream};
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::chunker::Chunking;
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::format::envelope;
+use crate::id::SnapshotId;
+use crate::key::{self, Key};
+use crate::name::Name;
+use crate::publish::{Published, publish};
+use crate::record::{CatalogueEntry, Config, Decision, Mark, MarkKind, SnapshotRecord, kind};
+use crate::store::{Store, list_all};
+use crate::url::{Item, Selector, SnapshotRef};
+
+/// Requests in flight while many small objects are read.
+const READS: usize = 32;
+
+/// An open repository. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Repository {
+    store: Arc<dyn Store>,
+    config: Arc<Config>,
+}
+
+/// What the marks of a snapshot say, and when they said it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MarkState {
+    /// The number of the last mark.
+    pub k: u32,
+    /// What it says.
+    pub mark: MarkKind,
+    /// When it was made, by its writer's clock.
+    pub at: Timestamp,
+}
+
+/// A session in the catalogue.
+#[derive(Clone, Debug)]
+struct Listed {
+    experiment: String,
+    run: String,
+    session: SnapshotId,
+    key: Key,
+}
+
+impl Repository {
+    /// Makes a repository in an empty place.
+    pub async fn init(store: Arc<dyn Store>, chunking: Chunking, ctx: &Context) -> Result<Self> {
+        let config =
+            Config { id: ctx.host.new_id(), created: timestamp(ctx), chunking: chunking.validate()? };
+        let not_empty = |found| Error::NotEmpty { location: store.location(), found };
+        match store.list("", None).await {
+            Ok(page) if page.entries.iter().any(|entry| entry.key == Key::config().as_str()) => {
+                return Err(not_empty("already holds a repository"));
+            }
+            Ok(page) if !page.entries.is_empty() => {
+                return Err(not_empty("is not empty, and what it holds is not a repository"));
+            }
+            Ok(_) => {}
+            // A directory that is not there yet is as good as an empty one; a bucket must exist, which `create` finds.
+            Err(error) if error.cause == crate::store::StoreErrorCause::NoContainer => {}
+            Err(error) => return Err(error.into()),
+        }
+        let body = seal(kind::CONFIG, &config)?;
+        match publish(&*store, &Key::config(), body).await? {
+            Published::Ours => Ok(Self { store, config: Arc::new(config) }),
+            Published::Theirs(_) => Err(not_empty("already holds a repository")),
+        }
+    }
+
+    /// Opens a repository.
+    pub async fn open(store: Arc<dyn Store>) -> Result<Self> {
+        let config: Config = match store.get(&Key::config()).await {
+            Ok(body) => unseal(kind::CONFIG, &Key::config(), &body)?,
+            Err(error) if error.is_not_found() => {
+                return Err(Error::NotARepository { location: store.location() });
+            }
+            Err(error) => return Err(error.into()),
+        };
+        config.chunking.validate().map_err(|error| Error::Damaged {
+            object: Key::config().to_string(),
+            detail: error.to_string(),
+        })?;
+        Ok(Self { store, config: Arc::new(config) })
+    }
+
+    /// The repository's URL.
+    pub fn location(&self) -> String {
+        self.store.location()
+    }
+
+    /// The repository's parameters.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where its objects are.
+    pub fn store(&self) -> &dyn Store {
+        &*self.store
+    }
+
+    pub(crate) fn shared_store(&self) -> Arc<dyn Store> {
+        self.store.clone()
+    }
+
+    /// Experiments that have snapshots, sorted.
+    pub async fn experiments(&self) -> Result<Vec<Name>> {
+        let listed = self.listed(key::RUNS).await?;
+        self.names("experiment", listed, |entry| &entry.experiment, |names| names.experiment).await
+    }
+
+    /// Runs of an experiment that have snapshots, sorted.
+    pub async fn runs(&self, experiment: &Name) -> Result<Vec<Name>> {
+        let listed = self.listed(&key::experiment_prefix(experiment)).await?;
+        if listed.is_empty() {
+            return Err(self.unknown_experiment(experiment).await);
+        }
+        self.names("run", listed, |entry| &entry.run, |names| names.run).await
+    }
+
+    /// Snapshots that are committed and not deleted, oldest first. `scope` is the repository, an experiment or a run.
+    pub async fn snapshots(&self, scope: &Item) -> Result<Vec<SnapshotRecord>> {
+        let (prefix, experiment, run) = match scope {
+            Item::Repository => (key::RUNS.to_owned(), None, None),
+            Item::Experiment(experiment) => {
+                (key::experiment_prefix(experiment), Some(experiment), None)
+            }
+            Item::Run { experiment, run } => {
+                (key::run_prefix(experiment, run), Some(experiment), Some(run))
+            }
+            Item::Snapshot { snapshot, .. } => return Ok(vec![Box::pin(self.find(snapshot)).await?]),
+        };
+        let listed = self.listed(&prefix).await?;
+        let records = self.records(listed.iter().map(|entry| entry.session)).await?;
+        if records.is_empty()
+            && let Some(experiment) = experiment
+        {
+            return Err(match run {
+                Some(run) => self.unknown_run(experiment, run).await,
+                None => self.unknown_experiment(experiment).await,
+            });
+        }
+        Ok(records)
+    }
+
+    /// The record of one snapshot.
+    pub async fn find(&self, snapshot: &SnapshotRef) -> Result<SnapshotRecord> {
+        match snapshot {
+            SnapshotRef::Id(id) => self.by_id(*id, None).await,
+            SnapshotRef::InRun { experiment, run, selector } => {
+                self.find_in_run(experiment, run, selector).await
+            }
+        }
+    }
+
+    async fn by_id(&self, id: SnapshotId, run: Option<(&Name, &Name)>) -> Result<SnapshotRecord> {
+        let unknown = || Error::Unknown {
+            what: "snapshot",
+            name: id.to_string(),
+            within: self.location(),
+            known: vec![],
+        };
+        let record = self.committed(id).await?.ok_or_else(unknown)?;
+        let elsewhere = run.is_some_and(|(e, r)| (e, r) != (&record.experiment, &record.run));
+        if elsewhere || self.is_deleted(id).await? {
+            return Err(unknown());
+        }
+        Ok(record)
+    }
+
+    async fn find_in_run(
+        &self,
+        experiment: &Name,
+        run: &Name,
+        selector: &Selector,
+    ) -> Result<SnapshotRecord> {
+        let text = match selector {
+            Selector::Text(text) => text,
+            Selector::Latest => {
+                let mut listed = self.listed(&key::run_prefix(experiment, run)).await?;
+                listed.sort_by_key(|entry| std::cmp::Reverse(entry.session));
+                for entry in listed {
+                    if let Some(record) = self.committed(entry.session).await? {
+                        return Ok(record);
+                    }
+                }
+                return Err(self.unknown_run(experiment, run).await);
+            }
+        };
+        if let Ok(id) = text.as_str().parse() {
+            return self.by_id(id, Some((experiment, run))).await;
+        }
+        let scope = Item::Run { experiment: experiment.clone(), run: run.clone() };
+        let records = self.snapshots(&scope).await?;
+        if let Some(named) = records.iter().rev().find(|record| record.name.as_ref() == Some(text)) {
+            return Ok(named.clone());
+        }
+        let within = format!("{experiment}/{run}");
+        let fits = |record: &&SnapshotRecord| record.id.to_string().starts_with(text.as_str());
+        let mut fitting: Vec<&SnapshotRecord> = records.iter().filter(fits).collect();
+        match (fitting.pop(), fitting.is_empty()) {
+            (Some(only), true) => Ok(only.clone()),
+            (Some(last), false) => Err(Error::Ambiguous {
+                name: text.to_string(),
+                within,
+                matches: fitting.iter().map(|record| record.id).chain([last.id]).collect(),
+            }),
+            (None, _) => {
+                let name = |r: &SnapshotRecord| r.name.as_ref().map_or(r.id.to_string(), Name::to_string);
+                let known = records.iter().rev().map(name).collect();
+                Err(Error::Unknown { what: "snapshot", name: text.to_string(), within, known })
+            }
+        }
+    }
+
+    async fn unknown_experiment(&self, experiment: &Name) -> Error {
+        let known = self.experiments().await.unwrap_or_default();
+        Error::Unknown {
+            what: "experiment",
+            name: experiment.to_string(),
+            within: self.location(),
+            known: known.iter().map(Name::to_string).collect(),
+        }
+    }
+
+    async fn unknown_run(&self, experiment: &Name, run: &Name) -> Error {
+        match Box::pin(self.runs(experiment)).await {
+            Ok(runs) => Error::Unknown {
+                what: "run",
+                name: run.to_string(),
+                within: format!("experiment {experiment}"),
+                known: runs.iter().map(Name::to_string).collect(),
+            },
+            Err(error) => error,
+        }
+    }
+
+    /// Marks a snapshot as deleted. Its data goes with a later collection.
+    pub async fn delete(&self, id: SnapshotId, ctx: &Context) -> Result<()> {
+        self.by_id(id, None).await?;
+        let last = self.last_mark(id).await?.unwrap_or(0);
+        if last % 2 == 1 {
+            return Ok(());
+        }
+        let body = mark(MarkKind::Delete, ctx)?;
+        // If someone else's mark is there first, it is a Delete as well: odd marks are nothing else.
+        publish(&*self.store, &Key::mark(id, last + 1), body).await?;
+        Ok(())
+    }
+
+    /// What each marked snapshot's last mark says.
+    pub async fn marks(&self) -> Result<BTreeMap<SnapshotId, MarkState>> {
+        let mut last = BTreeMap::new();
+        for entry in list_all(&*self.store, key::MARKS).await? {
+            if let Some(mark) = key::parse_numbered(&entry.key, key::MARKS) {
+                last.insert(mark.session, mark.number);
+            }
+        }
+        let read = last.into_iter().map(|(id, k)| async move {
+            let key = Key::mark(id, k);
+            let mark: Mark = unseal(kind::MARK, &key, &self.store.get(&key).await?)?;
+            Ok::<_, Error>((id, MarkState { k, mark: mark.mark, at: mark.at }))
+        });
+        stream::iter(read).buffer_unordered(READS).try_collect().await
+    }
+
+    async fn last_mark(&self, id: SnapshotId) -> Result<Option<u32>> {
+        let entries = list_all(&*self.store, &format!("{}{id}/", key::MARKS)).await?;
+        let numbers = entries.iter().filter_map(|entry| key::parse_numbered(&entry.key, key::MARKS));
+        Ok(numbers.map(|mark| mark.number).max())
+    }
+
+    async fn is_deleted(&self, id: SnapshotId) -> Result<bool> {
+        let Some(k) = self.last_mark(id).await? else { return Ok(false) };
+        let key = Key::mark(id, k);
+        let mark: Mark = unseal(kind::MARK, &key, &self.store.get(&key).await?)?;
+        Ok(mark.mark != MarkKind::Undelete)
+    }
+
+    /// True when the data of a snapshot may be gone: a Purge mark is there.
+    pub(crate) async fn is_purged(&self, id: SnapshotId) -> Result<bool> {
+        let Some(k) = self.last_mark(id).await? else { return Ok(false) };
+        // Purge is always the last mark, and at an even number.
+        let key = Key::mark(id, k);
+        let mark: Mark = unseal(kind::MARK, &key, &self.store.get(&key).await?)?;
+        Ok(mark.mark == MarkKind::Purge)
+    }
+
+    /// What was decided about a session; None while it is undecided.
+    pub async fn decision(&self, session: SnapshotId) -> Result<Option<Decision>> {
+        let key = Key::snap(session);
+        let body = match self.store.get(&key).await {
+            Ok(body) => body,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let decision: Decision = unseal(kind::DECISION, &key, &body)?;
+        if let Decision::Commit { snapshot, .. } = &decision {
+            snapshot.validate().map_err(|error| error.of(&key))?;
+            if snapshot.id != session {
+                let detail = format!("it holds the record of snapshot {}", snapshot.id);
+                return Err(Error::Damaged { object: key.to_string(), detail });
+            }
+        }
+        Ok(Some(decision))
+    }
+
+    async fn committed(&self, session: SnapshotId) -> Result<Option<SnapshotRecord>> {
+        Ok(match self.decision(session).await? {
+            Some(Decision::Commit { snapshot, .. }) => Some(*snapshot),
+            Some(Decision::Abort { .. }) | None => None,
+        })
+    }
+
+    /// Committed records of these sessions, oldest first.
+    pub(crate) async fn records(
+        &self,
+        sessions: impl IntoIterator<Item = SnapshotId>,
+    ) -> Result<Vec<SnapshotRecord>> {
+        let read = sessions.into_iter().map(|session| self.committed(session));
+        let records = stream::iter(read).buffer_unordered(READS);
+        let mut records: Vec<_> =
+            records.try_filter_map(|record| async { Ok(record) }).try_collect().await?;
+        records.sort_by_key(|record: &SnapshotRecord| record.id);
+        Ok(records)
+    }
+
+    /// Sessions of the catalogue below a prefix that are decided and not deleted, by listings alone.
+    async fn listed(&self, prefix: &str) -> Result<Vec<Listed>> {
+        let entries = list_all(&*self.store, prefix).await?;
+        let mut listed: Vec<Listed> = entries.into_iter().filter_map(parse_listed).collect();
+        if listed.is_empty() {
+            return Ok(listed);
+        }
+        let decided: HashSet<SnapshotId> = list_all(&*self.store, key::SNAPS)
+            .await?
+            .iter()
+            .filter_map(|entry| key::parse_id(&entry.key, key::SNAPS))
+            .collect();
+        let marks = self.marks().await?;
+        let gone = |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark != MarkKind::Undelete);
+        listed.retain(|entry| decided.contains(&entry.session) && !gone(&entry.session));
+        Ok(listed)
+    }
+
+    /// Ids of the newest snapshots below a prefix of the catalogue, newest first.
+    pub(crate) async fn newest(&self, prefix: &str) -> Result<Vec<SnapshotId>> {
+        let listed = self.listed(prefix).await?;
+        let mut ids: Vec<SnapshotId> = listed.iter().map(|entry| entry.session).collect();
+        ids.sort_by(|a, b| b.cmp(a));
+        Ok(ids)
+    }
+
+    async fn names(
+        &self,
+        what: &'static str,
+        listed: Vec<Listed>,
+        component: impl Fn(&Listed) -> &str,
+        full: impl Fn(CatalogueEntry) -> Name,
+    ) -> Result<Vec<Name>> {
+        let mut seen = BTreeSet::new();
+        let mut names = BTreeSet::new();
+        for entry in &listed {
+            if !seen.insert(component(entry)) {
+                continue;
+            }
+            // Long names are shortened in keys; the entry itself has them in full.
+            let name = match Name::from_key_component(what, component(entry)) {
+                Some(name) => name,
+                None => {
+                    let body = self.store.get(&entry.key).await?;
+                    full(unseal(kind::CATALOGUE, &entry.key, &body)?)
+                }
+            };
+            names.insert(name);
+        }
+        Ok(names.into_iter().collect())
+    }
+}
+
+fn parse_listed(entry: crate::store::Entry) -> Option<Listed> {
+    let mut parts = entry.key.strip_prefix(key::RUNS)?.split('/');
+    let (experiment, run, session) = (parts.next()?, parts.next()?, parts.next()?);
+    Some(Listed {
+        experiment: experiment.to_owned(),
+        run: run.to_owned(),
+        session: session.parse().ok()?,
+        key: Key::from_listing(entry.key.clone()),
+    })
+}
+
+/// Now, by the host's clock.
+pub(crate) fn timestamp(ctx: &Context) -> Timestamp {
+    let ms = i64::try_from(ctx.host.unix_ms()).unwrap_or(i64::MAX);
+    Timestamp::from_millisecond(ms).unwrap_or(Timestamp::UNIX_EPOCH)
+}
+
+/// A stamp that no other write bears.
+pub(crate) fn stamp(ctx: &Context) -> String {
+    format!("{:032x}", ctx.host.random())
+}
+
+/// A mark to publish.
+pub(crate) fn mark(mark: MarkKind, ctx: &Context) -> Result<bytes::Bytes> {
+    seal(kind::MARK, &Mark { stamp: stamp(ctx), mark, at: timestamp(ctx) })
+}
+
+/// Wraps a JSON object.
+pub(crate) fn seal<T: Serialize>(kind: &str, value: &T) -> Result<bytes::Bytes> {
+    envelope::seal(kind, value).map_err(|_| Error::Internal("a record can't be written as JSON"))
+}
+
+/// Checks and unwraps a JSON object.
+pub(crate) fn unseal<T: serde::de::DeserializeOwned>(
+    kind: &str,
+    key: &Key,
+    body: &[u8],
+) -> Result<T> {
+    envelope::unseal(kind, body).map_err(|error| error.of(key))
+}

@@ -1,0 +1,532 @@
+//! Restoring a volume: from a record to bytes in a file, on a device or in a stream.
+//!
+//! ```text
+//! for each 4 GiB of the volume:
+//!   leaves      what belongs where
+//!   plan        (in place: only what differs) frames, grouped into large requests
+//!   fetch       some requests at a time                         (async)
+//!   workers     decompress, verify every chunk, write           (rayon)
+//! ```
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use rayon::ThreadPool;
+use serde::Serialize;
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::fetch::{Request, Span, coalesce};
+use crate::format::frame::{self, FrameLocation};
+use crate::format::leaf::{Extent, Leaf};
+use crate::format::node::Child;
+use crate::id::ChunkId;
+use crate::key::Key;
+use crate::progress::Event;
+use crate::record::VolumeRecord;
+use crate::repository::Repository;
+use crate::scan::is_zero;
+use crate::target::{FileTarget, Sink};
+use crate::tree::{self, SegmentLeaf};
+
+/// Requests of at most [`crate::fetch::MAX_REQUEST`] bytes in memory at one time.
+const REQUESTS_IN_FLIGHT: usize = 8;
+
+/// How to restore.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RestoreOptions {
+    /// Read the target first and write only what differs.
+    pub in_place: bool,
+    /// Restore everything that is whole; report what is not instead of failing.
+    pub keep_going: bool,
+}
+
+/// What a restore did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RestoreReport {
+    /// The length of the volume.
+    pub len_bytes: u64,
+    /// Bytes written to the target.
+    pub written_bytes: u64,
+    /// Bytes read from packs.
+    pub fetched_bytes: u64,
+    /// Requests for them.
+    pub gets: u64,
+    /// What could not be restored. Empty unless the restore kept going.
+    pub damaged: Vec<Damage>,
+    /// From start to end.
+    pub elapsed_ms: u64,
+}
+
+/// Ranges of a volume that can't be read, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Damage {
+    /// The object that is missing or damaged.
+    pub object: String,
+    /// What was expected and what was found.
+    pub detail: String,
+    /// Bytes of the volume.
+    pub ranges: Vec<ByteRange>,
+}
+
+/// A range of bytes; `end` is not part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct ByteRange {
+    /// The first byte.
+    pub start: u64,
+    /// The byte after the last.
+    pub end: u64,
+}
+
+impl From<Range<u64>> for ByteRange {
+    fn from(range: Range<u64>) -> Self {
+        Self { start: range.start, end: range.end }
+    }
+}
+
+/// Restores a volume to a file or device.
+pub async fn restore(
+    repo: &Repository,
+    volume: &VolumeRecord,
+    target: FileTarget,
+    options: &RestoreOptions,
+    ctx: &Context,
+) -> Result<RestoreReport> {
+    let target = Arc::new(target);
+    let sink: Arc<dyn Sink> = target.clone();
+    let mut work = Restore::begin(repo, volume, sink, options.keep_going, ctx).await?;
+    for batch in work.batches() {
+        let mut leaves = work.leaves(batch).await?;
+        if target.holds_data() {
+            leaves = work.prepare_target(&target, leaves, options.in_place).await?;
+        }
+        work.write(leaves).await?;
+    }
+    let report = work.finish()?;
+    let mut target = Arc::into_inner(target).ok_or(Error::Internal("a restore worker is left"))?;
+    tokio::task::spawn_blocking(move || target.finish())
+        .await
+        .map_err(|_| Error::Internal("syncing panicked"))??;
+    Ok(report)
+}
+
+/// Restores a volume to a stream, in order.
+pub async fn stream(
+    repo: &Repository,
+    volume: &VolumeRecord,
+    mut out: Box<dyn std::io::Write + Send>,
+    options: &RestoreOptions,
+    ctx: &Context,
+) -> Result<RestoreReport> {
+    let segment = Arc::new(SegmentBuffer::default());
+    let mut work = Restore::begin(repo, volume, segment.clone(), options.keep_going, ctx).await?;
+    for batch in work.batches() {
+        for (number, leaf) in work.leaves(batch).await? {
+            let range = tree::segment_range(volume.len_bytes, number);
+            segment.begin(range.clone());
+            work.write(vec![(number, leaf)]).await?;
+            let written;
+            (out, written) = {
+                let segment = segment.clone();
+                let mut out = out;
+                tokio::task::spawn_blocking(move || {
+                    let result = segment.drain_to(&mut *out);
+                    (out, result)
+                })
+                .await
+                .map_err(|_| Error::Internal("writing the stream panicked"))?
+            };
+            written.map_err(Error::io("write", "standard output"))?;
+        }
+    }
+    out.flush().map_err(Error::io("write", "standard output"))?;
+    work.finish()
+}
+
+/// One segment in memory.
+#[derive(Debug, Default)]
+struct SegmentBuffer {
+    state: Mutex<(u64, Vec<u8>)>,
+}
+
+impl SegmentBuffer {
+    fn begin(&self, range: Range<u64>) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.0 = range.start;
+        state.1.clear();
+        state.1.resize((range.end - range.start) as usize, 0);
+    }
+
+    fn drain_to(&self, out: &mut dyn std::io::Write) -> std::io::Result<()> {
+        out.write_all(&self.state.lock().unwrap_or_else(PoisonError::into_inner).1)
+    }
+}
+
+impl Sink for SegmentBuffer {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = (offset - state.0) as usize;
+        let place = state.1.get_mut(at..at + bytes.len());
+        place.ok_or(Error::Internal("a chunk outside of its segment"))?.copy_from_slice(bytes);
+        Ok(())
+    }
+}
+
+/// A chunk's way from its frame to the volume.
+#[derive(Clone, Copy, Debug)]
+struct Placement {
+    id: ChunkId,
+    /// First byte within the raw frame.
+    offset: u32,
+    len: u32,
+    /// First byte within the volume.
+    target: u64,
+}
+
+impl Placement {
+    fn range(&self) -> Range<u64> {
+        self.target..self.target + u64::from(self.len)
+    }
+}
+
+type FramePlan = (FrameLocation, Vec<Placement>);
+
+/// A running restore.
+struct Restore<'a> {
+    repo: &'a Repository,
+    volume: &'a VolumeRecord,
+    sink: Arc<dyn Sink>,
+    keep_going: bool,
+    ctx: &'a Context,
+    pool: Arc<ThreadPool>,
+    segments: Vec<Child>,
+    report: RestoreReport,
+    started_ms: u64,
+}
+
+impl<'a> Restore<'a> {
+    async fn begin(
+        repo: &'a Repository,
+        volume: &'a VolumeRecord,
+        sink: Arc<dyn Sink>,
+        keep_going: bool,
+        ctx: &'a Context,
+    ) -> Result<Self> {
+        let started_ms = ctx.host.unix_ms();
+        let pool = worker_pool(ctx)?;
+        let segments = tree::segments(repo.store(), volume, ctx).await?;
+        ctx.progress.event(Event::Planned { bytes: volume.data_bytes });
+        let report = RestoreReport { len_bytes: volume.len_bytes, ..RestoreReport::default() };
+        let mut work =
+            Self { repo, volume, sink, keep_going, ctx, pool, segments: segments.leaves, report, started_ms };
+        for unreadable in segments.unreadable {
+            work.damage(unreadable.error, vec![unreadable.range])?;
+        }
+        Ok(work)
+    }
+
+    fn batches(&self) -> Vec<Vec<(usize, Child)>> {
+        let numbered: Vec<_> = self.segments.iter().copied().enumerate().collect();
+        numbered.chunks(tree::BATCH_SEGMENTS).map(<[_]>::to_vec).collect()
+    }
+
+    async fn leaves(&self, batch: Vec<(usize, Child)>) -> Result<Vec<(usize, SegmentLeaf)>> {
+        tree::leaves(self.repo.store(), self.volume.len_bytes, batch, self.ctx).await
+    }
+
+    /// Notes damage, or fails with it unless the restore keeps going.
+    fn damage(&mut self, error: Error, ranges: Vec<Range<u64>>) -> Result<()> {
+        let (object, detail) = match &error {
+            Error::Missing { object, .. } => (object.clone(), "it is missing".to_owned()),
+            Error::Damaged { object, detail } => (object.clone(), detail.clone()),
+            _ => return Err(error),
+        };
+        let ranges = join(ranges);
+        if !self.keep_going {
+            let volume = &self.volume.name;
+            let detail = format!("{detail}; {} of volume {volume} need it", describe(&ranges));
+            return Err(Error::Damaged { object, detail });
+        }
+        match self.report.damaged.iter_mut().find(|d| d.object == object && d.detail == detail) {
+            Some(known) => {
+                known.ranges.extend(ranges);
+                known.ranges = join(known.ranges.iter().map(|r| r.start..r.end).collect());
+            }
+            None => self.report.damaged.push(Damage { object, detail, ranges }),
+        }
+        Ok(())
+    }
+
+    /// Zeroes what must be zero in a target that holds other data; with `compare`, drops extents that are already right.
+    async fn prepare_target(
+        &self,
+        target: &Arc<FileTarget>,
+        leaves: Vec<(usize, SegmentLeaf)>,
+        compare: bool,
+    ) -> Result<Vec<(usize, SegmentLeaf)>> {
+        let len_bytes = self.volume.len_bytes;
+        let jobs = leaves.into_iter().map(|(number, leaf)| {
+            let target = target.clone();
+            let unreadable = matches!(self.segments.get(number), Some(Child::Zero)) && self.is_lost(number);
+            on_pool(&self.pool, self.ctx, move || {
+                let Ok(leaf) = leaf else { return Ok((number, leaf)) };
+                if unreadable {
+                    return Ok((number, Ok(None)));
+                }
+                let range = tree::segment_range(len_bytes, number);
+                let leaf = prepare_segment(&target, range, leaf, compare)?;
+                Ok((number, Ok(leaf)))
+            })
+        });
+        stream::iter(jobs).buffered(self.ctx.limits.threads.max(1)).try_collect().await
+    }
+
+    /// True for a segment below a node that could not be read: it only looks like zeros.
+    fn is_lost(&self, segment: usize) -> bool {
+        let start = tree::segment_range(self.volume.len_bytes, segment).start;
+        let ranges = self.report.damaged.iter().flat_map(|damage| &damage.ranges);
+        ranges.into_iter().any(|range| range.start <= start && start < range.end)
+    }
+
+    /// Fetches, verifies and writes the chunks of some segments.
+    async fn write(&mut self, leaves: Vec<(usize, SegmentLeaf)>) -> Result<()> {
+        let mut frames: HashMap<FrameLocation, Vec<Placement>> = HashMap::new();
+        for (number, leaf) in leaves {
+            let range = tree::segment_range(self.volume.len_bytes, number);
+            match leaf {
+                Ok(Some(leaf)) => plan(&leaf, range.start, &mut frames),
+                Ok(None) => {}
+                Err(error) => self.damage(error, vec![range])?,
+            }
+        }
+        let spans = frames.into_iter().map(|plan| Span {
+            pack: plan.0.pack,
+            offset: plan.0.offset,
+            len: plan.0.stored_len,
+            tag: plan,
+        });
+        let (store, sink) = (self.repo.shared_store(), self.sink.clone());
+        let (pool, ctx) = (self.pool.clone(), self.ctx.clone());
+        let requests = coalesce(spans.collect()).into_iter().map(|request| {
+            let (store, sink) = (store.clone(), sink.clone());
+            let (pool, ctx) = (pool.clone(), ctx.clone());
+            async move {
+                match request.fetch(&*store, &ctx).await {
+                    Ok(fetched) => {
+                        let progress = ctx.clone();
+                        on_pool(&pool, &ctx, move || write_request(&request, &fetched, &*sink, &progress))
+                            .await
+                    }
+                    Err(error) if error.is_damage() => {
+                        let ranges = request.spans.iter().flat_map(|span| ranges(&span.tag)).collect();
+                        Ok(Outcome { damaged: vec![(error, ranges)], ..Outcome::default() })
+                    }
+                    Err(error) => Err(error),
+                }
+            }
+        });
+        let mut outcomes = stream::iter(requests).buffer_unordered(REQUESTS_IN_FLIGHT);
+        while let Some(outcome) = outcomes.next().await {
+            let outcome = outcome?;
+            self.report.gets += 1;
+            self.report.fetched_bytes += outcome.fetched_bytes;
+            self.report.written_bytes += outcome.written_bytes;
+            for (error, ranges) in outcome.damaged {
+                self.damage(error, ranges)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<RestoreReport> {
+        self.ctx.check()?;
+        self.report.elapsed_ms = self.ctx.host.unix_ms().saturating_sub(self.started_ms);
+        Ok(self.report)
+    }
+}
+
+/// Threads for the CPU part of a restore or verification.
+pub(crate) fn worker_pool(ctx: &Context) -> Result<Arc<ThreadPool>> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(ctx.limits.threads.max(1))
+        .thread_name(|n| format!("petra-worker-{n}"))
+        .build();
+    pool.map(Arc::new).map_err(|_| Error::Internal("no worker threads can be started"))
+}
+
+/// Runs CPU work on the pool without blocking the async runtime.
+pub(crate) async fn on_pool<T: Send + 'static>(
+    pool: &ThreadPool,
+    ctx: &Context,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    ctx.check()?;
+    let (reply, result) = tokio::sync::oneshot::channel();
+    pool.spawn(move || {
+        // A receiver that is gone was cancelled and needs no answer.
+        let _ = reply.send(work());
+    });
+    result.await.map_err(|_| Error::Internal("a worker panicked"))?
+}
+
+fn plan(leaf: &Leaf, start: u64, frames: &mut HashMap<FrameLocation, Vec<Placement>>) {
+    for (at, chunk) in leaf.chunks() {
+        if let Some(location) = leaf.frames.get(chunk.frame as usize) {
+            let (offset, len) = (chunk.offset, chunk.len);
+            let placement = Placement { id: chunk.id, offset, len, target: start + at };
+            frames.entry(*location).or_default().push(placement);
+        }
+    }
+}
+
+fn ranges(plan: &FramePlan) -> Vec<Range<u64>> {
+    plan.1.iter().map(Placement::range).collect()
+}
+
+/// Sorts ranges and joins those that touch.
+pub(crate) fn join(mut ranges: Vec<Range<u64>>) -> Vec<ByteRange> {
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<ByteRange> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
+            _ => joined.push(range.into()),
+        }
+    }
+    joined
+}
+
+fn describe(ranges: &[ByteRange]) -> String {
+    let first: Vec<String> =
+        ranges.iter().take(3).map(|range| format!("{}..{}", range.start, range.end)).collect();
+    let more = ranges.len().saturating_sub(3);
+    let more = if more > 0 { format!(" and {more} more ranges") } else { String::new() };
+    format!("bytes {}{more}", first.join(", "))
+}
+
+#[derive(Debug, Default)]
+struct Outcome {
+    fetched_bytes: u64,
+    written_bytes: u64,
+    damaged: Vec<(Error, Vec<Range<u64>>)>,
+}
+
+/// Decompresses, verifies and writes all that one request brought.
+fn write_request(
+    request: &Request<FramePlan>,
+    fetched: &crate::fetch::Fetched,
+    sink: &dyn Sink,
+    ctx: &Context,
+) -> Result<Outcome> {
+    let mut outcome = Outcome { fetched_bytes: fetched.len(), ..Outcome::default() };
+    let mut raw = Vec::new();
+    for span in &request.spans {
+        ctx.check()?;
+        let (location, placements) = &span.tag;
+        let object = || format!("frame {}+{} of {}", span.offset, span.len, Key::pack(span.pack));
+        let decoded = fetched.span(span).and_then(|stored| {
+            frame::decode(stored, location.raw_len, &mut raw).map_err(|error| error.of(object()))
+        });
+        if let Err(error) = decoded {
+            outcome.damaged.push((error, ranges(&span.tag)));
+            continue;
+        }
+        let mut whole = Vec::with_capacity(placements.len());
+        // The same chunk may go to several places, but is verified once.
+        let mut verified: HashMap<u32, bool> = HashMap::new();
+        for placement in placements {
+            let bytes = chunk_of(&raw, placement);
+            let ok = *verified
+                .entry(placement.offset)
+                .or_insert_with(|| ChunkId::of(bytes) == placement.id);
+            if ok {
+                whole.push(*placement);
+            } else {
+                let detail = format!("chunk {} expected, other bytes found", placement.id);
+                let error = Error::Damaged { object: object(), detail };
+                outcome.damaged.push((error, vec![placement.range()]));
+            }
+        }
+        outcome.written_bytes += write_placements(&raw, whole, sink)?;
+        let bytes = placements.iter().map(|placement| u64::from(placement.len)).sum();
+        ctx.progress.event(Event::Processed { bytes });
+    }
+    Ok(outcome)
+}
+
+fn chunk_of<'a>(raw: &'a [u8], placement: &Placement) -> &'a [u8] {
+    let start = placement.offset as usize;
+    // The leaf's parser made sure that chunks lie within their frames.
+    raw.get(start..start + placement.len as usize).unwrap_or_default()
+}
+
+/// Writes verified chunks; neighbours in both frame and volume go in one call.
+fn write_placements(raw: &[u8], mut placements: Vec<Placement>, sink: &dyn Sink) -> Result<u64> {
+    placements.sort_by_key(|placement| placement.target);
+    let mut written = 0;
+    let mut rest = placements.into_iter();
+    let mut next = rest.next();
+    while let Some(mut run) = next {
+        next = rest.next();
+        while let Some(neighbour) = next.filter(|n| {
+            n.target == run.target + u64::from(run.len) && n.offset == run.offset + run.len
+        }) {
+            run.len += neighbour.len;
+            next = rest.next();
+        }
+        sink.write_at(chunk_of(raw, &run), run.target)?;
+        written += u64::from(run.len);
+    }
+    Ok(written)
+}
+
+/// Goes through one segment of a target that holds data. Gives the leaf with the chunks that are still to be written.
+fn prepare_segment(
+    target: &FileTarget,
+    range: Range<u64>,
+    leaf: Option<Leaf>,
+    compare: bool,
+) -> Result<Option<Leaf>> {
+    let extents = tree::extents(leaf.as_ref(), range.end - range.start).into_owned();
+    let mut at = range.start;
+    let mut buf = Vec::new();
+    let mut kept = Vec::with_capacity(extents.len());
+    for extent in extents {
+        let len = extent.len_bytes();
+        let same = match &extent {
+            Extent::Zero { len } => {
+                let zero = compare && is_zero_range(target, at, u64::from(*len), &mut buf)?;
+                if !zero {
+                    target.zero(at, u64::from(*len))?;
+                }
+                true
+            }
+            Extent::Chunk(chunk) if compare => {
+                buf.resize(len as usize, 0);
+                target.read_at(&mut buf, at)?;
+                ChunkId::of(&buf) == chunk.id
+            }
+            Extent::Chunk(_) => false,
+        };
+        // A chunk that is there already is planned as if it were zeros: nothing to do.
+        kept.push(if same { Extent::Zero { len } } else { extent });
+        at += u64::from(len);
+    }
+    Ok(leaf.map(|leaf| Leaf { frames: leaf.frames, extents: kept }))
+}
+
+fn is_zero_range(target: &FileTarget, start: u64, len: u64, buf: &mut Vec<u8>) -> Result<bool> {
+    let mut done = 0;
+    while done < len {
+        let step = (len - done).min(256 << 10);
+        buf.resize(step as usize, 0);
+        target.read_at(buf, start + done)?;
+        if !is_zero(buf) {
+            return Ok(false);
+        }
+        done += step;
+    }
+    Ok(true)
+}

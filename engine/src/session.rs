@@ -1,0 +1,108 @@
+//! A writer's session: pin, packs, commit (docs/protocol.md, "Writer").
+//!
+//! The order is what makes it safe next to any number of collectors: first the pin is acknowledged, then the
+//! pinned snapshots are checked for Purge marks, then their chunks may be reused. All packs are acknowledged
+//! before the commit, and the commit is one object that an Abort may win.
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::id::SnapshotId;
+use crate::key::Key;
+use crate::name::Name;
+use crate::publish::{Published, publish};
+use crate::record::{CatalogueEntry, Decision, Pin, SnapshotRecord, kind};
+use crate::repository::{Repository, seal, stamp, unseal};
+
+/// A session that is not decided yet.
+#[derive(Debug)]
+pub struct Session {
+    repo: Repository,
+    id: SnapshotId,
+    ctx: Context,
+    pinned: bool,
+    puts: u64,
+}
+
+impl Session {
+    /// Begins a session and pins `witnesses`. Gives the session and which witnesses hold: purged ones do not.
+    pub async fn begin(
+        repo: &Repository,
+        witnesses: &[SnapshotId],
+        ctx: &Context,
+    ) -> Result<(Self, Vec<SnapshotId>)> {
+        let id = ctx.host.new_id();
+        let mut session =
+            Self { repo: repo.clone(), id, ctx: ctx.clone(), pinned: false, puts: 0 };
+        if witnesses.is_empty() {
+            return Ok((session, vec![]));
+        }
+        let pin = Pin { stamp: stamp(ctx), snapshots: witnesses.to_vec() };
+        repo.store().put(&Key::pin(id, 0), seal(kind::PIN, &pin)?).await?;
+        session.pinned = true;
+        session.puts += 1;
+        // Only now: a Purge that comes later finds the pin.
+        let mut valid = Vec::with_capacity(witnesses.len());
+        for witness in witnesses {
+            if !repo.is_purged(*witness).await? {
+                valid.push(*witness);
+            }
+        }
+        Ok((session, valid))
+    }
+
+    /// The session's id, which its snapshot will have.
+    pub fn id(&self) -> SnapshotId {
+        self.id
+    }
+
+    /// Objects written besides packs.
+    pub fn puts(&self) -> u64 {
+        self.puts
+    }
+
+    /// Enters the session in the catalogue. Before the commit, so that no committed snapshot can be missing there.
+    pub async fn enter(&mut self, experiment: &Name, run: &Name) -> Result<()> {
+        let entry = CatalogueEntry { experiment: experiment.clone(), run: run.clone() };
+        let key = Key::catalogue(experiment, run, self.id);
+        self.repo.store().put(&key, seal(kind::CATALOGUE, &entry)?).await?;
+        self.puts += 1;
+        Ok(())
+    }
+
+    /// Commits. All packs must have been acknowledged.
+    pub async fn commit(&mut self, snapshot: SnapshotRecord) -> Result<()> {
+        let decision = Decision::Commit { stamp: stamp(&self.ctx), snapshot: Box::new(snapshot) };
+        let key = Key::snap(self.id);
+        match publish(self.repo.store(), &key, seal(kind::DECISION, &decision)?).await? {
+            Published::Ours => {}
+            Published::Theirs(body) => {
+                // It can only be a collector's Abort; anything else is damage and says so.
+                return match unseal(kind::DECISION, &key, &body)? {
+                    Decision::Abort { .. } => Err(Error::Lost { session: self.id }),
+                    Decision::Commit { .. } => Err(Error::Internal("two writers share a session")),
+                };
+            }
+        }
+        self.unpin().await;
+        Ok(())
+    }
+
+    /// Gives up, so that the session's packs can be collected. Best effort: an undecided session is aborted by a
+    /// collector in the end.
+    pub async fn abandon(&mut self) {
+        let decision = Decision::Abort { stamp: stamp(&self.ctx) };
+        if let Ok(body) = seal(kind::DECISION, &decision)
+            && publish(self.repo.store(), &Key::snap(self.id), body).await.is_ok()
+        {
+            self.unpin().await;
+        }
+    }
+
+    /// Once decided, the pin is void.
+    async fn unpin(&mut self) {
+        if std::mem::take(&mut self.pinned) {
+            // A pin that stays is void all the same; collectors remove it.
+            let _ = self.repo.store().delete(&Key::pin(self.id, 0)).await;
+        }
+    }
+}

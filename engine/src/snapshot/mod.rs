@@ -1,0 +1,275 @@
+//! Taking a snapshot: from sources to a committed record.
+//!
+//! ```text
+//! planner (async)      segments in order, with the parent's leaf where the index does not have it
+//!   v bounded queue
+//! workers (rayon)      read, scan, hash, look up, compress      -> frames and leaves
+//!   v packer           frames and leaves are appended to the open packs
+//!   v bounded queue
+//! uploader (async)     complete packs are stored, some at a time
+//!   v
+//! commit               one object, after every pack is acknowledged
+//! ```
+//!
+//! Memory is bounded by the two queues, one window per worker, the packs in flight and the index, whatever the
+//! size of the volumes.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::id::SnapshotId;
+use crate::index::{ChunkLocation, DedupIndex};
+use crate::name::Name;
+use crate::progress::Event;
+use crate::record::{SnapshotRecord, SnapshotStats, VolumeRecord};
+use crate::repository::{Repository, timestamp};
+use crate::session::Session;
+use crate::source::Source;
+use crate::{key, tree};
+
+mod halt;
+mod packer;
+mod pipeline;
+mod worker;
+
+use pipeline::{Pipeline, VolumeJob};
+
+/// Recent snapshots of the experiment, and then of the repository, that are searched for duplicates besides the parent.
+const MAX_WITNESSES: usize = 8;
+/// A session that lost to a collector starts again this often.
+const ATTEMPTS: usize = 3;
+/// Labels and metadata of one snapshot, in bytes.
+const MAX_TEXT_BYTES: usize = 1 << 20;
+
+/// What to snapshot, and under which names.
+#[derive(Clone, Debug)]
+pub struct SnapshotRequest {
+    /// The experiment it belongs to.
+    pub experiment: Name,
+    /// The run it belongs to.
+    pub run: Name,
+    /// A name for the snapshot.
+    pub name: Option<Name>,
+    /// For selection.
+    pub labels: BTreeMap<String, String>,
+    /// For people.
+    pub message: Option<String>,
+    /// For programs.
+    pub metadata: BTreeMap<String, String>,
+    /// What to compare with first.
+    pub parent: Parent,
+    /// The volumes, by name, in order.
+    pub volumes: Vec<(Name, Arc<dyn Source>)>,
+}
+
+/// Which snapshot the new one is most like. Only the cost depends on it, never the content.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Parent {
+    /// The newest of the run, else of the experiment, else of the repository.
+    #[default]
+    Auto,
+    /// None: everything is stored anew.
+    None,
+    /// This one.
+    Snapshot(SnapshotId),
+}
+
+/// Takes a snapshot. When it returns, the snapshot is durable and visible; on an error it is neither.
+pub async fn snapshot(
+    repo: &Repository,
+    request: SnapshotRequest,
+    ctx: &Context,
+) -> Result<SnapshotRecord> {
+    validate(&request)?;
+    let mut result = Err(Error::Internal("no attempt was made"));
+    for _ in 0..ATTEMPTS {
+        result = attempt(repo, &request, ctx).await;
+        let Err(Error::Lost { .. }) = &result else { break };
+        ctx.progress.event(Event::Warning {
+            text: "a garbage collection took this snapshot for dead; it starts again",
+        });
+    }
+    result
+}
+
+fn validate(request: &SnapshotRequest) -> Result<()> {
+    if request.volumes.is_empty() {
+        return Err(Error::Request("a snapshot needs at least one volume".to_owned()));
+    }
+    let mut names = HashSet::new();
+    if let Some((name, _)) = request.volumes.iter().find(|(name, _)| !names.insert(name)) {
+        return Err(Error::Request(format!("two volumes are named {name}")));
+    }
+    if let Some(name) = request.name.as_ref().filter(|name| name.as_str().starts_with('@')) {
+        return Err(Error::Name {
+            what: "snapshot",
+            name: name.to_string(),
+            reason: "'@' begins words with a meaning of their own, like @latest",
+        });
+    }
+    let text = request.labels.iter().chain(&request.metadata).map(|(k, v)| k.len() + v.len());
+    let message = request.message.as_ref().map_or(0, String::len);
+    if text.sum::<usize>() + message > MAX_TEXT_BYTES {
+        return Err(Error::Request("labels, metadata and message exceed 1 MiB".to_owned()));
+    }
+    Ok(())
+}
+
+async fn attempt(
+    repo: &Repository,
+    request: &SnapshotRequest,
+    ctx: &Context,
+) -> Result<SnapshotRecord> {
+    let started = ctx.host.unix_ms();
+    let (parent, candidates) = witnesses(repo, request).await?;
+    let (mut session, valid) = Session::begin(repo, &candidates, ctx).await?;
+    let result = write(repo, request, &mut session, parent, &valid, started, ctx).await;
+    if result.as_ref().is_err_and(|error| !matches!(error, Error::Lost { .. })) {
+        session.abandon().await;
+    }
+    result
+}
+
+/// The parent, and all snapshots whose chunks may be reused once they are pinned: the parent first.
+async fn witnesses(
+    repo: &Repository,
+    request: &SnapshotRequest,
+) -> Result<(Option<SnapshotId>, Vec<SnapshotId>)> {
+    let mut all = Vec::new();
+    match request.parent {
+        Parent::None => return Ok((None, all)),
+        Parent::Snapshot(id) => all.push(id),
+        Parent::Auto => {}
+    }
+    let prefixes = [
+        key::run_prefix(&request.experiment, &request.run),
+        key::experiment_prefix(&request.experiment),
+        key::RUNS.to_owned(),
+    ];
+    for prefix in prefixes {
+        for id in repo.newest(&prefix).await? {
+            if all.len() < MAX_WITNESSES && !all.contains(&id) {
+                all.push(id);
+            }
+        }
+    }
+    Ok((all.first().copied(), all))
+}
+
+async fn write(
+    repo: &Repository,
+    request: &SnapshotRequest,
+    session: &mut Session,
+    parent: Option<SnapshotId>,
+    witnesses: &[SnapshotId],
+    started: u64,
+    ctx: &Context,
+) -> Result<SnapshotRecord> {
+    let records = repo.records(witnesses.iter().copied()).await?;
+    let parent = parent.and_then(|id| records.iter().find(|record| record.id == id));
+    if let (Parent::Snapshot(id), None) = (request.parent, parent) {
+        let (name, within) = (id.to_string(), repo.location());
+        return Err(Error::Unknown { what: "snapshot", name, within, known: vec![] });
+    }
+    session.enter(&request.experiment, &request.run).await?;
+
+    let index = Arc::new(DedupIndex::new(ctx.limits.index_chunks));
+    let mut volumes = Vec::with_capacity(request.volumes.len());
+    let mut budget = ctx.limits.index_chunks / 2;
+    for (name, source) in &request.volumes {
+        let before = parent.and_then(|parent| parent.volume(name));
+        let job = VolumeJob::prepare(repo, source.clone(), before, &index, &mut budget, ctx).await?;
+        volumes.push(job);
+    }
+    let others = records.iter().rev().flat_map(|record| {
+        let is_parent = parent.is_some_and(|parent| parent.id == record.id);
+        record.volumes.iter().filter(move |volume| {
+            !is_parent || !request.volumes.iter().any(|(name, _)| *name == volume.name)
+        })
+    });
+    for volume in others {
+        if budget > 0 {
+            preload(repo, volume, &index, &mut budget, ctx).await?;
+        }
+    }
+
+    for (_, source) in &request.volumes {
+        ctx.progress.event(Event::Planned { bytes: source.data_bytes_hint() });
+    }
+    let pipeline = Pipeline::new(repo, session.id(), index, ctx);
+    let written = pipeline.run(volumes).await?;
+    for (_, source) in &request.volumes {
+        source.check_unchanged()?;
+    }
+
+    let counts = &written.counts;
+    let stats = SnapshotStats {
+        data_bytes: written.volumes.iter().map(|volume| volume.data_bytes).sum(),
+        new_bytes: counts.new_bytes.load(Ordering::Relaxed),
+        stored_bytes: counts.stored_bytes.load(Ordering::Relaxed),
+        puts: counts.packs.load(Ordering::Relaxed) + session.puts() + 1,
+        elapsed_ms: ctx.host.unix_ms().saturating_sub(started),
+    };
+    let named = request.volumes.iter().zip(&written.volumes);
+    let record = SnapshotRecord {
+        id: session.id(),
+        experiment: request.experiment.clone(),
+        run: request.run.clone(),
+        name: request.name.clone(),
+        created: timestamp(ctx),
+        labels: request.labels.clone(),
+        message: request.message.clone(),
+        metadata: request.metadata.clone(),
+        parent: parent.map(|parent| parent.id),
+        volumes: named
+            .map(|((name, source), volume)| {
+                VolumeRecord::new(name.clone(), source.len_bytes(), volume.data_bytes, volume.root)
+            })
+            .collect(),
+        stats,
+    };
+    ctx.check()?;
+    session.commit(record.clone()).await?;
+    Ok(record)
+}
+
+/// Puts the chunks of a volume into the index, from its first segment, while `budget` lasts. Gives how many segments
+/// were read. Damage costs duplicates, not the snapshot.
+async fn preload(
+    repo: &Repository,
+    volume: &VolumeRecord,
+    index: &DedupIndex,
+    budget: &mut usize,
+    ctx: &Context,
+) -> Result<usize> {
+    let segments = tree::segments(repo.store(), volume, ctx).await?;
+    let mut read = 0;
+    for batch in segments.leaves.chunks(tree::BATCH_SEGMENTS) {
+        if *budget == 0 {
+            break;
+        }
+        let numbered = batch.iter().enumerate().map(|(n, child)| (read + n, *child));
+        for (_, leaf) in tree::leaves(repo.store(), volume.len_bytes, numbered.collect(), ctx).await? {
+            if let Ok(Some(leaf)) = leaf {
+                *budget = budget.saturating_sub(remember(index, &leaf));
+            }
+        }
+        read += batch.len();
+    }
+    Ok(read)
+}
+
+/// Puts the chunks of one leaf into the index; gives how many.
+fn remember(index: &DedupIndex, leaf: &crate::format::leaf::Leaf) -> usize {
+    let mut count = 0;
+    for (_, chunk) in leaf.chunks() {
+        if let Some(frame) = leaf.frames.get(chunk.frame as usize) {
+            index.insert(chunk.id, ChunkLocation { frame: *frame, offset: chunk.offset });
+            count += 1;
+        }
+    }
+    count
+}

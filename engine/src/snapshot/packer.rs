@@ -1,0 +1,149 @@
+//! Packs that grow, and their way to the store.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::halt::Halt;
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::format::block::{BlockKind, BlockRef};
+use crate::format::frame::FrameLocation;
+use crate::format::pack::{PackBuilder, PackKind};
+use crate::id::{ChunkId, Digest, PackId, SnapshotId};
+use crate::key::Key;
+use crate::progress::Event;
+use crate::repository::Repository;
+
+/// What a session has written so far.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Raw bytes of new chunks.
+    pub new_bytes: AtomicU64,
+    /// Bytes of packs.
+    pub stored_bytes: AtomicU64,
+    /// Packs.
+    pub packs: AtomicU64,
+}
+
+/// Appends frames and manifest blocks to the session's open packs. Called from the workers.
+#[derive(Debug)]
+pub struct Packer {
+    session: SnapshotId,
+    next_number: AtomicU32,
+    data: Mutex<Option<PackBuilder>>,
+    manifest: Mutex<Option<PackBuilder>>,
+    complete: mpsc::Sender<PackBuilder>,
+}
+
+impl Packer {
+    /// A packer whose complete packs go to `complete`.
+    pub fn new(session: SnapshotId, complete: mpsc::Sender<PackBuilder>) -> Self {
+        let next_number = AtomicU32::new(0);
+        Self { session, next_number, data: Mutex::default(), manifest: Mutex::default(), complete }
+    }
+
+    /// Appends an encoded frame. Waits while the store is slower than the workers.
+    pub fn add_frame(&self, stored: &[u8], chunks: &[(ChunkId, u32)]) -> Result<FrameLocation> {
+        self.add(&self.data, PackKind::Data, |pack| pack.add_frame(stored, chunks))
+    }
+
+    /// Appends a manifest block.
+    pub fn add_block(&self, kind: BlockKind, block: &[u8], digest: Digest) -> Result<BlockRef> {
+        self.add(&self.manifest, PackKind::Manifest, |pack| BlockRef {
+            digest,
+            pack: pack.id(),
+            offset: pack.add_block(kind, block),
+            len: block.len() as u32,
+        })
+    }
+
+    fn add<T>(
+        &self,
+        slot: &Mutex<Option<PackBuilder>>,
+        kind: PackKind,
+        append: impl FnOnce(&mut PackBuilder) -> T,
+    ) -> Result<T> {
+        let mut open = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        let pack = open.get_or_insert_with(|| {
+            let number = self.next_number.fetch_add(1, Ordering::Relaxed);
+            PackBuilder::new(PackId { session: self.session, number }, kind)
+        });
+        let added = append(pack);
+        let full = if pack.is_full() { open.take() } else { None };
+        drop(open);
+        full.map_or(Ok(()), |pack| self.send(pack))?;
+        Ok(added)
+    }
+
+    /// Sends what is still open.
+    pub fn finish(&self) -> Result<()> {
+        for slot in [&self.data, &self.manifest] {
+            let open = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+            open.map_or(Ok(()), |pack| self.send(pack))?;
+        }
+        Ok(())
+    }
+
+    fn send(&self, pack: PackBuilder) -> Result<()> {
+        // The other end is gone only after it failed, and that failure is the one to report.
+        self.complete.blocking_send(pack).map_err(|_| Error::Cancelled)
+    }
+}
+
+/// Stores complete packs, `packs_in_flight` at a time, until all are acknowledged.
+pub async fn upload(
+    repo: Repository,
+    mut complete: mpsc::Receiver<PackBuilder>,
+    counts: std::sync::Arc<Counts>,
+    halt: std::sync::Arc<Halt>,
+    ctx: Context,
+) {
+    let mut puts: JoinSet<Result<u64>> = JoinSet::new();
+    loop {
+        while puts.len() >= ctx.limits.packs_in_flight.max(1) {
+            settle(puts.join_next().await, &counts, &halt, &ctx);
+        }
+        let pack = tokio::select! {
+            pack = complete.recv() => pack,
+            () = halt.wait() => None,
+        };
+        let Some(pack) = pack else { break };
+        let store = repo.shared_store();
+        puts.spawn(async move {
+            let (id, bytes) = pack.finish();
+            let bytes = Bytes::from(bytes);
+            let len = bytes.len() as u64;
+            store.put(&Key::pack(id), bytes).await?;
+            Ok(len)
+        });
+    }
+    if halt.is_set() {
+        puts.abort_all();
+    }
+    while let Some(put) = puts.join_next().await {
+        settle(Some(put), &counts, &halt, &ctx);
+    }
+}
+
+fn settle(
+    put: Option<Result<Result<u64>, tokio::task::JoinError>>,
+    counts: &Counts,
+    halt: &Halt,
+    ctx: &Context,
+) {
+    match put {
+        Some(Ok(Ok(len))) => {
+            counts.packs.fetch_add(1, Ordering::Relaxed);
+            counts.stored_bytes.fetch_add(len, Ordering::Relaxed);
+            ctx.progress.event(Event::Stored { bytes: len });
+        }
+        Some(Ok(Err(error))) => halt.fail(error),
+        Some(Err(error)) if error.is_cancelled() => {}
+        Some(Err(_)) => halt.fail(Error::Internal("a task that stores packs panicked")),
+        None => {}
+    }
+}

@@ -1,0 +1,198 @@
+//! A worker: turns one segment at a time into frames and a leaf.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+
+use super::packer::{Counts, Packer};
+use crate::chunker::Chunking;
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::format::block::{BlockKind, BlockRef};
+use crate::format::frame::{self, FrameEncoder, FrameLocation};
+use crate::format::leaf::{ChunkRef, Extent, Leaf};
+use crate::format::node::Child;
+use crate::id::ChunkId;
+use crate::index::{ChunkLocation, DedupIndex};
+use crate::progress::Event;
+use crate::scan::{Piece, Scanner};
+use crate::source::Source;
+
+/// zstd's fastest regular level: above it, compression costs more time than all the rest together.
+const LEVEL: i32 = 1;
+
+/// One thread's state. Buffers are reused from segment to segment.
+pub struct Worker<'a> {
+    scanner: Scanner,
+    assembler: Assembler<'a>,
+}
+
+/// What a worker made of a segment.
+#[derive(Clone, Copy, Debug)]
+pub struct Done {
+    /// The leaf.
+    pub child: Child,
+    /// Bytes that are not zeros.
+    pub data_bytes: u64,
+}
+
+impl<'a> Worker<'a> {
+    /// A worker for one thread.
+    pub fn new(
+        chunking: Chunking,
+        index: &'a DedupIndex,
+        packer: &'a Packer,
+        counts: &'a Counts,
+        ctx: &'a Context,
+    ) -> Result<Self> {
+        let encoder = FrameEncoder::new(LEVEL).map_err(|_| Error::Internal("zstd has no memory"))?;
+        let assembler = Assembler {
+            index,
+            packer,
+            counts,
+            ctx,
+            encoder,
+            frame: Vec::with_capacity(frame::TARGET_BYTES + chunking.max_len()),
+            frame_chunks: Vec::new(),
+            waiting: Vec::new(),
+            stored: Vec::new(),
+            leaf: Leaf::default(),
+            known_frames: HashMap::new(),
+        };
+        Ok(Self { scanner: Scanner::new(chunking), assembler })
+    }
+
+    /// Processes one segment. `before` is the same segment of the parent.
+    pub fn segment(
+        &mut self,
+        source: &dyn Source,
+        start: u64,
+        len: u64,
+        before: Child,
+    ) -> Result<Done> {
+        let Self { scanner, assembler } = self;
+        assembler.begin();
+        scanner.scan(source, start, len, &mut |piece| assembler.piece(piece))?;
+        assembler.end(before)
+    }
+}
+
+/// Collects the pieces of a segment into frames and a leaf.
+struct Assembler<'a> {
+    index: &'a DedupIndex,
+    packer: &'a Packer,
+    counts: &'a Counts,
+    ctx: &'a Context,
+    encoder: FrameEncoder,
+    /// New chunks that are not yet in a pack.
+    frame: Vec<u8>,
+    frame_chunks: Vec<(ChunkId, u32)>,
+    /// Extents of the leaf whose chunks are in `frame`.
+    waiting: Vec<usize>,
+    stored: Vec<u8>,
+    leaf: Leaf,
+    /// Positions in `leaf.frames`.
+    known_frames: HashMap<FrameLocation, u32>,
+}
+
+impl Assembler<'_> {
+    fn begin(&mut self) {
+        self.frame.clear();
+        self.frame_chunks.clear();
+        self.waiting.clear();
+        self.known_frames.clear();
+        self.leaf = Leaf::default();
+    }
+
+    fn piece(&mut self, piece: Piece<'_>) -> Result<()> {
+        match piece {
+            Piece::Zero(len) => self.leaf.extents.push(Extent::Zero { len }),
+            Piece::Chunk(bytes) => self.chunk(bytes)?,
+        }
+        Ok(())
+    }
+
+    fn chunk(&mut self, bytes: &[u8]) -> Result<()> {
+        let id = ChunkId::of(bytes);
+        let len = bytes.len() as u32;
+        if let Some(ChunkLocation { frame, offset }) = self.index.get(&id) {
+            let frame = self.frame_position(frame);
+            self.leaf.extents.push(Extent::Chunk(ChunkRef { id, len, frame, offset }));
+            return Ok(());
+        }
+        let offset = match self.offset_in_frame(&id) {
+            Some(offset) => offset,
+            None => {
+                if self.frame.len() + bytes.len() > frame::TARGET_BYTES && !self.frame.is_empty() {
+                    self.flush()?;
+                }
+                let offset = self.frame.len() as u32;
+                self.frame.extend_from_slice(bytes);
+                self.frame_chunks.push((id, len));
+                offset
+            }
+        };
+        self.waiting.push(self.leaf.extents.len());
+        self.leaf.extents.push(Extent::Chunk(ChunkRef { id, len, frame: u32::MAX, offset }));
+        Ok(())
+    }
+
+    /// Where a chunk is in the open frame: the same data can come twice in a short stretch.
+    fn offset_in_frame(&self, id: &ChunkId) -> Option<u32> {
+        let mut offset = 0;
+        for (known, len) in &self.frame_chunks {
+            if known == id {
+                return Some(offset);
+            }
+            offset += len;
+        }
+        None
+    }
+
+    fn frame_position(&mut self, location: FrameLocation) -> u32 {
+        let frames = &mut self.leaf.frames;
+        *self.known_frames.entry(location).or_insert_with(|| {
+            frames.push(location);
+            (frames.len() - 1) as u32
+        })
+    }
+
+    /// Compresses the open frame and puts it into a pack.
+    fn flush(&mut self) -> Result<()> {
+        if self.frame.is_empty() {
+            return Ok(());
+        }
+        self.encoder.encode(&self.frame, &mut self.stored);
+        let location = self.packer.add_frame(&self.stored, &self.frame_chunks)?;
+        let position = self.frame_position(location);
+        for at in self.waiting.drain(..) {
+            if let Some(Extent::Chunk(chunk)) = self.leaf.extents.get_mut(at) {
+                chunk.frame = position;
+            }
+        }
+        let mut offset = 0;
+        for (id, len) in self.frame_chunks.drain(..) {
+            self.index.insert(id, ChunkLocation { frame: location, offset });
+            offset += len;
+        }
+        let bytes = self.frame.len() as u64;
+        self.counts.new_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.ctx.progress.event(Event::New { bytes });
+        self.frame.clear();
+        Ok(())
+    }
+
+    fn end(&mut self, before: Child) -> Result<Done> {
+        self.flush()?;
+        let leaf = &self.leaf;
+        let data_bytes = leaf.data_bytes();
+        if data_bytes == 0 {
+            return Ok(Done { child: Child::Zero, data_bytes });
+        }
+        let digest = leaf.digest();
+        let child = match before {
+            Child::Block(block @ BlockRef { digest: known, .. }) if known == digest => Child::Block(block),
+            _ => Child::Block(self.packer.add_block(BlockKind::Leaf, &leaf.encode(), digest)?),
+        };
+        Ok(Done { child, data_bytes })
+    }
+}

@@ -1,0 +1,141 @@
+//! Sources of snapshots: anything with random reads and a map of its holes.
+
+use std::fmt;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Advice, SeekFrom, fadvise, seek};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+
+/// A volume to snapshot. Methods may block; they are called from worker threads.
+pub trait Source: Send + Sync + fmt::Debug {
+    /// The length of the volume.
+    fn len_bytes(&self) -> u64;
+
+    /// About how many bytes will have to be read, for progress.
+    fn data_bytes_hint(&self) -> u64 {
+        self.len_bytes()
+    }
+
+    /// Fills `buf` from `offset`. The range is within the volume.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+
+    /// The first range at or after `from` that may hold data; all before it are zeros. `None` at the end.
+    fn next_data(&self, from: u64) -> Result<Option<Range<u64>>>;
+
+    /// Says that this range will be read soon.
+    fn will_read(&self, _range: Range<u64>) {}
+
+    /// Checks, after all was read, that nothing has changed since the source was opened.
+    fn check_unchanged(&self) -> Result<()>;
+}
+
+/// A regular file or block device.
+///
+/// Read with `pread`, never mapped: a file that shrinks gives an error instead of a signal.
+#[derive(Debug)]
+pub struct FileSource {
+    file: File,
+    path: PathBuf,
+    len_bytes: u64,
+    /// Size and modification time of a regular file. A device has neither.
+    version: Option<(u64, i64, i64)>,
+    allocated_bytes: u64,
+}
+
+impl FileSource {
+    /// Opens a source.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let metadata = file.metadata().map_err(Error::io("read the size of", path))?;
+        let kind = metadata.file_type();
+        let (len_bytes, version) = if kind.is_file() {
+            (metadata.len(), Some(version(&metadata)))
+        } else if kind.is_block_device() {
+            let end = seek(&file, SeekFrom::End(0));
+            (end.map_err(|e| Error::io("read the size of", path)(e.into()))?, None)
+        } else {
+            return Err(Error::Request(format!(
+                "{} is neither a file nor a block device",
+                path.display()
+            )));
+        };
+        if len_bytes > crate::format::MAX_VOLUME_BYTES {
+            return Err(Error::Request(format!("{} is larger than 1 PiB", path.display())));
+        }
+        // A hint only: what it fails on is read all the same.
+        let _ = fadvise(&file, 0, None, Advice::Sequential);
+        let allocated_bytes = if version.is_some() { metadata.blocks() * 512 } else { len_bytes };
+        Ok(Self { file, path: path.to_owned(), len_bytes, version, allocated_bytes })
+    }
+
+    fn changed(&self, detail: impl Into<String>) -> Error {
+        Error::SourceChanged { path: self.path.clone(), detail: detail.into() }
+    }
+}
+
+fn version(metadata: &std::fs::Metadata) -> (u64, i64, i64) {
+    (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
+}
+
+impl Source for FileSource {
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    fn data_bytes_hint(&self) -> u64 {
+        self.allocated_bytes.min(self.len_bytes)
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.file.read_exact_at(buf, offset).map_err(|cause| {
+            if cause.kind() == std::io::ErrorKind::UnexpectedEof {
+                self.changed(format!("it ended within the {} bytes at offset {offset}", buf.len()))
+            } else {
+                Error::Io { action: "read", path: self.path.clone(), cause }
+            }
+        })
+    }
+
+    fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
+        if from >= self.len_bytes {
+            return Ok(None);
+        }
+        let start = match seek(&self.file, SeekFrom::Data(from)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            // Devices and some file systems know no holes: all is data.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(from..self.len_bytes)),
+            Err(error) => return Err(Error::io("find data in", &self.path)(error.into())),
+        };
+        if start >= self.len_bytes {
+            return Ok(None);
+        }
+        let end = seek(&self.file, SeekFrom::Hole(start));
+        let end = end.map_err(|e| Error::io("find data in", &self.path)(e.into()))?;
+        Ok(Some(start..end.min(self.len_bytes)))
+    }
+
+    fn will_read(&self, range: Range<u64>) {
+        if let Some(len) = std::num::NonZeroU64::new(range.end.saturating_sub(range.start)) {
+            let _ = fadvise(&self.file, range.start, Some(len), Advice::WillNeed);
+        }
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        let Some(before) = self.version else { return Ok(()) };
+        let metadata = self.file.metadata().map_err(Error::io("read the size of", &self.path))?;
+        let now = version(&metadata);
+        if now.0 != before.0 {
+            return Err(self.changed(format!("it had {} bytes, now it has {}", before.0, now.0)));
+        }
+        if now != before {
+            return Err(self.changed("its modification time moved"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,163 @@
+//! Targets of restores: new files, existing files and block devices.
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, FlockOperation, RenameFlags, SeekFrom, fallocate, flock, seek};
+use rustix::io::Errno;
+
+use crate::error::{Error, Result};
+
+/// Takes the bytes of a volume, in any order, from worker threads.
+pub trait Sink: Send + Sync + fmt::Debug {
+    /// Stores bytes.
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()>;
+}
+
+/// A file or block device that a volume is restored to.
+#[derive(Debug)]
+pub struct FileTarget {
+    file: File,
+    /// Where the bytes go until they are whole.
+    path: PathBuf,
+    /// Where a new file appears at the end.
+    final_path: Option<PathBuf>,
+    finished: bool,
+    /// Holds old data: zeros must be written, and a comparison makes sense.
+    holds_data: bool,
+}
+
+impl FileTarget {
+    /// A new sparse file. It has its name only when it is whole: until then it is `PATH.partial`.
+    pub fn create(path: &Path, len_bytes: u64) -> Result<Self> {
+        if path.symlink_metadata().is_ok() {
+            return Err(refuse(path, "it exists already"));
+        }
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
+        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&partial);
+        let file = open.map_err(Error::io("create", &partial))?;
+        // What an interrupted restore left is overwritten; one that still runs is not.
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(refuse(path, "another restore is writing it"));
+        }
+        file.set_len(0).and_then(|()| file.set_len(len_bytes)).map_err(Error::io("resize", &partial))?;
+        let final_path = Some(path.to_owned());
+        Ok(Self { file, path: partial, final_path, finished: false, holds_data: false })
+    }
+
+    /// An existing file, which takes the volume's length, or a block device that is large enough and not in use.
+    pub fn open_existing(path: &Path, len_bytes: u64) -> Result<Self> {
+        let metadata = path.metadata().map_err(Error::io("open", path))?;
+        let is_device = metadata.file_type().is_block_device();
+        if !is_device && !metadata.is_file() {
+            return Err(refuse(path, "it is neither a file nor a block device"));
+        }
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        if is_device {
+            // On a block device O_EXCL means: not while it is mounted or otherwise claimed.
+            options.custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed());
+        }
+        let file = options.open(path).map_err(|cause| {
+            if cause.raw_os_error() == Some(Errno::BUSY.raw_os_error()) {
+                refuse(path, "the device is mounted or otherwise in use")
+            } else {
+                Error::Io { action: "open", path: path.to_owned(), cause }
+            }
+        })?;
+        if is_device {
+            let len = seek(&file, SeekFrom::End(0));
+            let len = len.map_err(|e| Error::io("read the size of", path)(e.into()))?;
+            if len < len_bytes {
+                let reason = format!("the device has {len} bytes, the volume {len_bytes}");
+                return Err(Error::Target { path: path.to_owned(), reason });
+            }
+        } else {
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+                return Err(refuse(path, "another restore is writing it"));
+            }
+            file.set_len(len_bytes).map_err(Error::io("resize", path))?;
+        }
+        Ok(Self { file, path: path.to_owned(), final_path: None, finished: false, holds_data: true })
+    }
+
+    /// True when the target may hold other data than zeros.
+    pub fn holds_data(&self) -> bool {
+        self.holds_data
+    }
+
+    /// Fills `buf` from `offset`.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.file.read_exact_at(buf, offset).map_err(Error::io("read", &self.path))
+    }
+
+    /// Makes a range read as zeros, freeing its space where the target can.
+    pub fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fallocate(&self.file, flags, offset, len) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                const ZEROS: &[u8] = &[0; 64 << 10];
+                let mut done = 0;
+                while done < len {
+                    let step = (len - done).min(ZEROS.len() as u64);
+                    self.write_at(ZEROS.get(..step as usize).unwrap_or_default(), offset + done)?;
+                    done += step;
+                }
+                Ok(())
+            }
+            Err(error) => Err(Error::io("punch a hole in", &self.path)(error.into())),
+        }
+    }
+
+    /// Makes all durable, and gives a new file its name.
+    pub fn finish(&mut self) -> Result<()> {
+        self.file.sync_all().map_err(Error::io("sync", &self.path))?;
+        if let Some(final_path) = &self.final_path {
+            rename_new(&self.path, final_path)?;
+            let parent = final_path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let parent = parent.unwrap_or(Path::new("."));
+            let directory = File::open(parent).map_err(Error::io("open", parent))?;
+            directory.sync_all().map_err(Error::io("sync", parent))?;
+        }
+        self.finished = true;
+        Ok(())
+    }
+}
+
+/// Renames without replacing a file that appeared in the meantime.
+fn rename_new(from: &Path, to: &Path) -> Result<()> {
+    use rustix::fs::{CWD, renameat_with};
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => Ok(()),
+        Err(Errno::EXIST) => Err(refuse(to, "it appeared while the volume was restored")),
+        // File systems without the flag: a hard link does not replace either.
+        Err(Errno::INVAL | Errno::NOSYS) => std::fs::hard_link(from, to)
+            .and_then(|()| std::fs::remove_file(from))
+            .map_err(Error::io("rename to", to)),
+        Err(error) => Err(Error::io("rename to", to)(error.into())),
+    }
+}
+
+fn refuse(path: &Path, reason: &str) -> Error {
+    Error::Target { path: path.to_owned(), reason: reason.to_owned() }
+}
+
+impl Sink for FileTarget {
+    fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.file.write_all_at(bytes, offset).map_err(Error::io("write", &self.path))
+    }
+}
+
+impl Drop for FileTarget {
+    fn drop(&mut self) {
+        if !self.finished && self.final_path.is_some() {
+            // Nothing else can be done about a file that can't be removed.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}

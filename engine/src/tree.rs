@@ -1,0 +1,230 @@
+//! Reading and writing of manifest trees.
+//!
+//! ```text
+//! record -> root node -> ... -> node of level 1 -> leaf -> chunks of one segment
+//! ```
+
+use std::ops::Range;
+
+use futures::{StreamExt, stream};
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::fetch::{Span, coalesce};
+use crate::format::block::{BlockKind, BlockRef};
+use crate::format::leaf::{Extent, Leaf};
+use crate::format::node::{self, Child, FAN_OUT, Node};
+use crate::format::{self, SEGMENT_BYTES};
+use crate::key::Key;
+use crate::record::VolumeRecord;
+use crate::store::Store;
+
+/// A part of a volume that can't be read: which bytes of it, and why.
+#[derive(Debug)]
+pub struct Unreadable {
+    /// Bytes of the volume.
+    pub range: Range<u64>,
+    /// Why.
+    pub error: Error,
+}
+
+/// The leaves of a volume, one child for each segment.
+#[derive(Debug, Default)]
+pub struct Segments {
+    /// In address order.
+    pub leaves: Vec<Child>,
+    /// The nodes above them.
+    pub nodes: Vec<BlockRef>,
+    /// Parts below nodes that could not be read. Their leaves are [`Child::Zero`].
+    pub unreadable: Vec<Unreadable>,
+}
+
+/// Reads the nodes of a volume. Damage is collected in the result; other errors end the call.
+pub async fn segments(store: &dyn Store, volume: &VolumeRecord, ctx: &Context) -> Result<Segments> {
+    let (root, mut level) = volume.root();
+    let mut found = Segments::default();
+    let mut children = vec![root];
+    while level >= 1 {
+        let child_bytes = node::child_bytes(level);
+        let node_bytes = node::child_bytes(level + 1);
+        let total = volume.len_bytes.div_ceil(child_bytes);
+        let read = children.iter().enumerate().map(|(n, child)| async move {
+            let before = n as u64 * FAN_OUT as u64;
+            let count = (total - before.min(total)).min(FAN_OUT as u64) as usize;
+            match child {
+                Child::Zero => (n, Ok(vec![Child::Zero; count])),
+                Child::Block(block) => {
+                    let node = read_node(store, block, level, count, ctx).await;
+                    (n, node.map(|node| node.children))
+                }
+            }
+        });
+        let mut below: Vec<_> = stream::iter(read).buffered(ctx.limits.requests).collect().await;
+        let mut next = Vec::with_capacity(usize::try_from(total).unwrap_or_default());
+        for ((n, result), child) in below.drain(..).zip(&children) {
+            match result {
+                Ok(grandchildren) => {
+                    if let Child::Block(block) = child {
+                        found.nodes.push(*block);
+                    }
+                    next.extend(grandchildren);
+                }
+                Err(error) if error.is_damage() => {
+                    let start = n as u64 * node_bytes;
+                    let end = start.saturating_add(node_bytes).min(volume.len_bytes);
+                    let count = (end - start).div_ceil(child_bytes) as usize;
+                    next.resize(next.len() + count, Child::Zero);
+                    found.unreadable.push(Unreadable { range: start..end, error });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        children = next;
+        level -= 1;
+    }
+    found.leaves = children;
+    Ok(found)
+}
+
+async fn read_node(
+    store: &dyn Store,
+    block: &BlockRef,
+    level: u8,
+    children: usize,
+    ctx: &Context,
+) -> Result<Node> {
+    ctx.check()?;
+    let bytes = read_block(store, block).await?;
+    Node::decode(&bytes, level, children, block.digest).map_err(|error| error.of(describe(block)))
+}
+
+/// The bytes of the volume that a segment covers.
+pub fn segment_range(volume_len: u64, segment: usize) -> Range<u64> {
+    let start = segment as u64 * SEGMENT_BYTES;
+    start..(start + SEGMENT_BYTES).min(volume_len)
+}
+
+/// Reads one leaf.
+pub async fn read_leaf(store: &dyn Store, block: &BlockRef, segment_bytes: u64) -> Result<Leaf> {
+    let bytes = read_block(store, block).await?;
+    decode_leaf(&bytes, block, segment_bytes)
+}
+
+/// Checks and reads one leaf.
+pub fn decode_leaf(bytes: &[u8], block: &BlockRef, segment_bytes: u64) -> Result<Leaf> {
+    Leaf::decode(bytes, segment_bytes, block.digest).map_err(|error| error.of(describe(block)))
+}
+
+async fn read_block(store: &dyn Store, block: &BlockRef) -> Result<bytes::Bytes> {
+    let start = u64::from(block.offset);
+    let range = start..start + u64::from(block.len);
+    match store.get_range(&Key::pack(block.pack), range).await {
+        Ok(bytes) => Ok(bytes),
+        Err(error) if error.is_not_found() => Err(missing(block)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// How messages name a block.
+pub fn describe(block: &BlockRef) -> String {
+    format!("manifest block {}+{} of {}", block.offset, block.len, Key::pack(block.pack))
+}
+
+/// Segments whose leaves are read together: 4 GiB of a volume, some MiB of leaves.
+pub const BATCH_SEGMENTS: usize = 64;
+
+/// What a segment holds, or why that can't be read. `None` stands for zeros.
+pub type SegmentLeaf = Result<Option<Leaf>>;
+
+/// Reads the leaves of some segments with few requests, in the order given. Damage is in the items; other
+/// errors end the call.
+pub async fn leaves(
+    store: &dyn Store,
+    volume_len: u64,
+    children: Vec<(usize, Child)>,
+    ctx: &Context,
+) -> Result<Vec<(usize, SegmentLeaf)>> {
+    let spans = children.iter().enumerate().filter_map(|(position, (_, child))| match child {
+        Child::Zero => None,
+        Child::Block(block) => {
+            Some(Span { pack: block.pack, offset: block.offset, len: block.len, tag: (position, *block) })
+        }
+    });
+    let requests = coalesce(spans.collect());
+    let fetched: Vec<_> = stream::iter(requests)
+        .map(|request| async move { (request.fetch(store, ctx).await, request) })
+        .buffered(ctx.limits.requests)
+        .collect()
+        .await;
+    let mut leaves: Vec<(usize, SegmentLeaf)> =
+        children.iter().map(|(segment, _)| (*segment, Ok(None))).collect();
+    for (fetched, request) in fetched {
+        if let Err(error) = &fetched
+            && !error.is_damage()
+        {
+            return Err(fetched.err().unwrap_or(Error::Cancelled));
+        }
+        for span in &request.spans {
+            let (position, block) = &span.tag;
+            let Some((segment, slot)) = leaves.get_mut(*position) else { continue };
+            let range = segment_range(volume_len, *segment);
+            *slot = match &fetched {
+                Ok(fetched) => fetched
+                    .span(span)
+                    .and_then(|bytes| decode_leaf(bytes, block, range.end - range.start))
+                    .map(Some),
+                Err(_) => Err(missing(block)),
+            };
+        }
+    }
+    Ok(leaves)
+}
+
+fn missing(block: &BlockRef) -> Error {
+    Error::Missing {
+        object: Key::pack(block.pack).to_string(),
+        needed_by: "the manifest of a committed snapshot".to_owned(),
+    }
+}
+
+/// A leaf's extents, or the one extent of a segment of zeros.
+pub fn extents(leaf: Option<&Leaf>, segment_bytes: u64) -> std::borrow::Cow<'_, [Extent]> {
+    match leaf {
+        Some(leaf) => leaf.extents.as_slice().into(),
+        None => vec![Extent::Zero { len: segment_bytes as u32 }].into(),
+    }
+}
+
+/// Builds the nodes above a volume's leaves and gives the root. `write` stores a block, given its encoding and
+/// digest; nodes that `known` already holds are not written again.
+pub fn build(
+    mut children: Vec<Child>,
+    known: &[BlockRef],
+    write: &mut dyn FnMut(BlockKind, &[u8], crate::id::Digest) -> Result<BlockRef>,
+) -> Result<Child> {
+    let root_level = node::root_level(children.len() as u64);
+    for level in 1..=root_level {
+        let mut above = Vec::with_capacity(children.len().div_ceil(FAN_OUT));
+        for group in children.chunks(FAN_OUT) {
+            if group.iter().all(|child| *child == Child::Zero) {
+                above.push(Child::Zero);
+                continue;
+            }
+            let node = Node { level, children: group.to_vec() };
+            let digest = node.digest();
+            let block = match known.iter().find(|block| block.digest == digest) {
+                Some(block) => *block,
+                None => write(BlockKind::Node, &node.encode(), digest)?,
+            };
+            above.push(Child::Block(block));
+        }
+        children = above;
+    }
+    debug_assert!(children.len() <= 1);
+    Ok(children.pop().unwrap_or(Child::Zero))
+}
+
+/// The number of segments of a volume, as an index type.
+pub fn segment_count(len_bytes: u64) -> usize {
+    usize::try_from(format::segments(len_bytes)).unwrap_or(usize::MAX)
+}
