@@ -17,7 +17,9 @@
 //! progress, cancellation and limits. docs/format.md defines every byte, docs/protocol.md the order of writes.
 
 pub mod chunker;
+pub mod collect;
 pub mod context;
+pub mod diff;
 pub mod error;
 pub mod fetch;
 pub mod format;
@@ -38,6 +40,8 @@ pub mod store;
 pub mod target;
 pub mod tree;
 pub mod url;
+pub mod usage;
+pub mod verify;
 
 pub use context::Context;
 pub use error::{Error, ErrorKind, Result};

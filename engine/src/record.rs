@@ -122,8 +122,20 @@ pub enum Decision {
 pub struct Pin {
     /// Tells this write from any other.
     pub stamp: Stamp,
+    /// Whose it is.
+    pub owner: PinOwner,
     /// The snapshots.
     pub snapshots: Vec<SnapshotId>,
+}
+
+/// Who needs pinned snapshots, and until when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PinOwner {
+    /// A writer, until its session is decided. A silent one may be aborted.
+    Session,
+    /// A clone, until it ends. Never aborted: silence means nothing.
+    Clone,
 }
 
 /// A mark on a snapshot (`marks/SNAPSHOT/K`), made once, first wins.

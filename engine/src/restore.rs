@@ -194,7 +194,7 @@ impl Placement {
 type FramePlan = (FrameLocation, Vec<Placement>);
 
 /// A running restore.
-struct Restore<'a> {
+pub(crate) struct Restore<'a> {
     repo: &'a Repository,
     volume: &'a VolumeRecord,
     sink: Arc<dyn Sink>,
@@ -207,7 +207,7 @@ struct Restore<'a> {
 }
 
 impl<'a> Restore<'a> {
-    async fn begin(
+    pub(crate) async fn begin(
         repo: &'a Repository,
         volume: &'a VolumeRecord,
         sink: Arc<dyn Sink>,
@@ -227,12 +227,12 @@ impl<'a> Restore<'a> {
         Ok(work)
     }
 
-    fn batches(&self) -> Vec<Vec<(usize, Child)>> {
+    pub(crate) fn batches(&self) -> Vec<Vec<(usize, Child)>> {
         let numbered: Vec<_> = self.segments.iter().copied().enumerate().collect();
         numbered.chunks(tree::BATCH_SEGMENTS).map(<[_]>::to_vec).collect()
     }
 
-    async fn leaves(&self, batch: Vec<(usize, Child)>) -> Result<Vec<(usize, SegmentLeaf)>> {
+    pub(crate) async fn leaves(&self, batch: Vec<(usize, Child)>) -> Result<Vec<(usize, SegmentLeaf)>> {
         tree::leaves(self.repo.store(), self.volume.len_bytes, batch, self.ctx).await
     }
 
@@ -291,7 +291,7 @@ impl<'a> Restore<'a> {
     }
 
     /// Fetches, verifies and writes the chunks of some segments.
-    async fn write(&mut self, leaves: Vec<(usize, SegmentLeaf)>) -> Result<()> {
+    pub(crate) async fn write(&mut self, leaves: Vec<(usize, SegmentLeaf)>) -> Result<()> {
         let mut frames: HashMap<FrameLocation, Vec<Placement>> = HashMap::new();
         for (number, leaf) in leaves {
             let range = tree::segment_range(self.volume.len_bytes, number);
@@ -340,7 +340,12 @@ impl<'a> Restore<'a> {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<RestoreReport> {
+    /// Damage that was found since the last call, when the restore keeps going.
+    pub(crate) fn take_damage(&mut self) -> Vec<Damage> {
+        std::mem::take(&mut self.report.damaged)
+    }
+
+    pub(crate) fn finish(mut self) -> Result<RestoreReport> {
         self.ctx.check()?;
         self.report.elapsed_ms = self.ctx.host.unix_ms().saturating_sub(self.started_ms);
         Ok(self.report)

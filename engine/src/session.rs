@@ -10,7 +10,7 @@ use crate::id::SnapshotId;
 use crate::key::Key;
 use crate::name::Name;
 use crate::publish::{Published, publish};
-use crate::record::{CatalogueEntry, Decision, Pin, SnapshotRecord, kind};
+use crate::record::{CatalogueEntry, Decision, Pin, PinOwner, SnapshotRecord, kind};
 use crate::repository::{Repository, seal, stamp, unseal};
 
 /// A session that is not decided yet.
@@ -36,7 +36,8 @@ impl Session {
         if witnesses.is_empty() {
             return Ok((session, vec![]));
         }
-        let pin = Pin { stamp: stamp(ctx), snapshots: witnesses.to_vec() };
+        let (stamp, snapshots) = (stamp(ctx), witnesses.to_vec());
+        let pin = Pin { stamp, owner: PinOwner::Session, snapshots };
         repo.store().put(&Key::pin(id, 0), seal(kind::PIN, &pin)?).await?;
         session.pinned = true;
         session.puts += 1;

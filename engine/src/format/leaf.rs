@@ -287,7 +287,7 @@ pub(crate) mod tests {
         fn any_flipped_bit_is_noticed(leaf in any_leaf(), at: prop::sample::Index, bit in 0..8) {
             let mut block = leaf.encode();
             let at = at.index(block.len());
-            block[at] ^= 1 << bit;
+            block[at] ^= 1_u8 << bit;
             prop_assert!(Leaf::parse(&block).is_err());
         }
     }

@@ -316,7 +316,7 @@ mod tests {
             let (bytes, _) = pack(&[vec![vec![1; 30], vec![2; 9]]]);
             let outside: Vec<usize> = (0..HEADER_BYTES).chain(HEADER_BYTES + 39..bytes.len()).collect();
             let mut flipped = bytes.clone();
-            flipped[outside[at.index(outside.len())]] ^= 1 << bit;
+            flipped[outside[at.index(outside.len())]] ^= 1_u8 << bit;
             prop_assert!(read_footer(id(), &flipped).is_err());
             prop_assert!(read_footer(id(), &bytes[..bytes.len() - cut]).is_err());
         }

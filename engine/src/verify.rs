@@ -1,0 +1,310 @@
+//! Checking that every snapshot can be restored.
+//!
+//! The structure check reads all manifests and sees that every frame lies in a pack that is there and long enough.
+//! With `read_data` it also goes through the motions of restoring every segment, writing nowhere, so that each
+//! chunk is decompressed and hashed. Segments that snapshots share are checked once.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::format::leaf::{Extent, Leaf};
+use crate::format::node::Child;
+use crate::format::pack::TRAILER_BYTES;
+use crate::id::{Digest, PackId, SnapshotId};
+use crate::key::{self, Key};
+use crate::name::Name;
+use crate::record::{SnapshotRecord, VolumeRecord};
+use crate::repository::Repository;
+use crate::restore::{ByteRange, Restore, join};
+use crate::store::list_all;
+use crate::target::Sink;
+use crate::tree::{self, SegmentLeaf};
+use crate::url::Item;
+
+/// How deep to look.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VerifyOptions {
+    /// Read and verify all data, not only the manifests.
+    pub read_data: bool,
+}
+
+/// What a verification found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct VerifyReport {
+    /// Snapshots that were checked.
+    pub snapshots: u64,
+    /// Packs that they refer to.
+    pub packs: u64,
+    /// Bytes of data that were read and verified.
+    pub checked_bytes: u64,
+    /// Objects that are missing or damaged. Empty when all is well.
+    pub problems: Vec<Problem>,
+}
+
+/// A missing or damaged object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    /// The object.
+    pub object: String,
+    /// What was expected and what was found.
+    pub detail: String,
+    /// Whom it hits.
+    pub affected: Vec<Affected>,
+}
+
+/// A volume that can't be restored whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Affected {
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// Its experiment.
+    pub experiment: Name,
+    /// Its run.
+    pub run: Name,
+    /// The volume.
+    pub volume: Name,
+    /// Bytes of the volume.
+    pub ranges: Vec<ByteRange>,
+}
+
+/// Checks the snapshots of `scope`.
+pub async fn verify(
+    repo: &Repository,
+    scope: &Item,
+    options: &VerifyOptions,
+    ctx: &Context,
+) -> Result<VerifyReport> {
+    let mut packs = HashMap::new();
+    for entry in list_all(repo.store(), key::PACKS).await? {
+        if let Some(pack) = key::parse_numbered(&entry.key, key::PACKS) {
+            packs.insert(pack, entry.len);
+        }
+    }
+    let mut check = Check {
+        repo,
+        options,
+        ctx,
+        packs,
+        used: HashSet::new(),
+        sound: HashSet::new(),
+        broken: HashMap::new(),
+        report: VerifyReport::default(),
+    };
+    for record in repo.snapshots(scope).await? {
+        check.report.snapshots += 1;
+        for volume in &record.volumes {
+            check.volume(&record, volume).await?;
+        }
+    }
+    check.report.packs = check.used.len() as u64;
+    Ok(check.report)
+}
+
+/// A leaf, as several snapshots may share it.
+type LeafKey = (Digest, PackId, u32);
+
+/// Damage below one leaf: the object, the detail, and ranges within the segment.
+type Broken = (String, String, Vec<Range<u64>>);
+
+struct Check<'a> {
+    repo: &'a Repository,
+    options: &'a VerifyOptions,
+    ctx: &'a Context,
+    /// All packs and their lengths.
+    packs: HashMap<PackId, u64>,
+    used: HashSet<PackId>,
+    sound: HashSet<LeafKey>,
+    broken: HashMap<LeafKey, Vec<Broken>>,
+    report: VerifyReport,
+}
+
+impl Check<'_> {
+    async fn volume(&mut self, record: &SnapshotRecord, volume: &VolumeRecord) -> Result<()> {
+        let sink: Arc<dyn Sink> = Arc::new(Nowhere);
+        let mut walk = Restore::begin(self.repo, volume, sink, true, self.ctx).await?;
+        self.used.extend(volume.root.iter().map(|root| root.pack));
+        // Damage above the leaves; what comes later is below one of them.
+        for damage in walk.take_damage() {
+            let ranges = damage.ranges.iter().map(|r| r.start..r.end).collect();
+            self.problem(record, volume, damage.object, damage.detail, ranges);
+        }
+        for batch in walk.batches() {
+            let mut keys = HashMap::new();
+            let mut fresh = Vec::new();
+            for (segment, child) in batch {
+                let Child::Block(block) = child else { continue };
+                let key = (block.digest, block.pack, block.offset);
+                keys.insert(segment, key);
+                self.used.insert(block.pack);
+                if !self.sound.contains(&key) && !self.broken.contains_key(&key) {
+                    fresh.push((segment, child));
+                }
+            }
+            let checked: Vec<usize> = fresh.iter().map(|(segment, _)| *segment).collect();
+            let mut leaves = Vec::with_capacity(fresh.len());
+            for (segment, leaf) in walk.leaves(fresh).await? {
+                let (leaf, broken) = self.structure(leaf);
+                if let Some(key) = keys.get(&segment).filter(|_| !broken.is_empty()) {
+                    self.broken.insert(*key, broken);
+                }
+                if self.options.read_data {
+                    leaves.push((segment, leaf));
+                }
+            }
+            walk.write(leaves).await?;
+            for damage in walk.take_damage() {
+                self.note_damage(volume, &keys, damage);
+            }
+            self.sound.extend(
+                checked.iter().filter_map(|n| keys.get(n)).filter(|key| !self.broken.contains_key(*key)),
+            );
+            for (segment, key) in keys {
+                let start = tree::segment_range(volume.len_bytes, segment).start;
+                for (object, detail, ranges) in self.broken.get(&key).cloned().unwrap_or_default() {
+                    let ranges = ranges.into_iter().map(|r| start + r.start..start + r.end).collect();
+                    self.problem(record, volume, object, detail, ranges);
+                }
+            }
+        }
+        let report = walk.finish()?;
+        self.report.checked_bytes += report.written_bytes;
+        Ok(())
+    }
+
+    /// Checks that the frames of a leaf lie within packs that are there. Gives the leaf without the chunks that do not.
+    fn structure(&mut self, leaf: SegmentLeaf) -> (SegmentLeaf, Vec<Broken>) {
+        let mut broken: Vec<Broken> = Vec::new();
+        let mut leaf = match leaf {
+            Ok(Some(leaf)) => leaf,
+            Ok(None) => return (Ok(None), broken),
+            Err(error) => {
+                let whole = 0..crate::format::SEGMENT_BYTES;
+                let (object, detail) = describe(&error);
+                return (Ok(None), vec![(object, detail, vec![whole])]);
+            }
+        };
+        self.used.extend(leaf.frames.iter().map(|frame| frame.pack));
+        let bad: HashMap<u32, String> = (0..)
+            .zip(&leaf.frames)
+            .filter_map(|(n, frame)| {
+                let end = u64::from(frame.offset) + u64::from(frame.stored_len);
+                let why = match self.packs.get(&frame.pack) {
+                    None => "it is missing".to_owned(),
+                    Some(len) if end + TRAILER_BYTES as u64 > *len => {
+                        format!("it has {len} bytes, and a frame ends at {end}")
+                    }
+                    Some(_) => return None,
+                };
+                Some((n, why))
+            })
+            .collect();
+        if bad.is_empty() {
+            return (Ok(Some(leaf)), broken);
+        }
+        let mut missing = Vec::new();
+        for (at, chunk) in leaf.chunks() {
+            if let (Some(why), Some(frame)) = (bad.get(&chunk.frame), leaf.frames.get(chunk.frame as usize)) {
+                let object = Key::pack(frame.pack).to_string();
+                missing.push((object, why.clone(), at..at + u64::from(chunk.len)));
+            }
+        }
+        for (object, detail, range) in missing {
+            match broken.iter_mut().find(|b| b.0 == object && b.1 == detail) {
+                Some(known) => known.2.push(range),
+                None => broken.push((object, detail, vec![range])),
+            }
+        }
+        drop_chunks(&mut leaf, &bad);
+        (Ok(Some(leaf)), broken)
+    }
+
+    /// Sorts damage that reading found by the leaves that it is below.
+    fn note_damage(
+        &mut self,
+        volume: &VolumeRecord,
+        keys: &HashMap<usize, LeafKey>,
+        damage: crate::restore::Damage,
+    ) {
+        for (segment, key) in keys {
+            let span = tree::segment_range(volume.len_bytes, *segment);
+            let within = |r: &ByteRange| {
+                let (start, end) = (r.start.max(span.start), r.end.min(span.end));
+                (start < end).then(|| start - span.start..end - span.start)
+            };
+            let ranges: Vec<Range<u64>> = damage.ranges.iter().filter_map(within).collect();
+            if !ranges.is_empty() {
+                let broken = self.broken.entry(*key).or_default();
+                broken.push((damage.object.clone(), damage.detail.clone(), ranges));
+            }
+        }
+    }
+
+    fn problem(
+        &mut self,
+        record: &SnapshotRecord,
+        volume: &VolumeRecord,
+        object: String,
+        detail: String,
+        ranges: Vec<Range<u64>>,
+    ) {
+        let problems = &mut self.report.problems;
+        let at = problems.iter().position(|p| p.object == object && p.detail == detail);
+        let at = at.unwrap_or_else(|| {
+            problems.push(Problem { object, detail, affected: vec![] });
+            problems.len() - 1
+        });
+        let Some(problem) = problems.get_mut(at) else { return };
+        let clamp = |range: Range<u64>| range.start..range.end.min(volume.len_bytes);
+        let mut ranges: Vec<Range<u64>> = ranges.into_iter().map(clamp).collect();
+        let known = problem
+            .affected
+            .iter_mut()
+            .find(|affected| affected.snapshot == record.id && affected.volume == volume.name);
+        match known {
+            Some(known) => {
+                ranges.extend(known.ranges.iter().map(|r| r.start..r.end));
+                known.ranges = join(ranges);
+            }
+            None => problem.affected.push(Affected {
+                snapshot: record.id,
+                experiment: record.experiment.clone(),
+                run: record.run.clone(),
+                volume: volume.name.clone(),
+                ranges: join(ranges),
+            }),
+        }
+    }
+}
+
+fn describe(error: &Error) -> (String, String) {
+    match error {
+        Error::Missing { object, .. } => (object.clone(), "it is missing".to_owned()),
+        Error::Damaged { object, detail } => (object.clone(), detail.clone()),
+        other => ("manifest".to_owned(), other.to_string()),
+    }
+}
+
+fn drop_chunks(leaf: &mut Leaf, bad: &HashMap<u32, String>) {
+    for extent in &mut leaf.extents {
+        if let Extent::Chunk(chunk) = extent
+            && bad.contains_key(&chunk.frame)
+        {
+            *extent = Extent::Zero { len: chunk.len };
+        }
+    }
+}
+
+/// Takes everything and keeps nothing.
+#[derive(Debug)]
+struct Nowhere;
+
+impl Sink for Nowhere {
+    fn write_at(&self, _: &[u8], _: u64) -> Result<()> {
+        Ok(())
+    }
+}
