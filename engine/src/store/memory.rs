@@ -96,6 +96,7 @@ impl Store for MemoryStore {
             .map_while(|(key, _)| key.strip_prefix(prefix))
             .filter_map(|rest| rest.split_once('/').map(|(folder, _)| folder.to_owned()))
             .collect();
+        folders.sort_unstable();
         folders.dedup();
         Ok(folders)
     }

@@ -16,18 +16,18 @@ use crate::url::RepositoryUrl;
 
 mod local;
 mod memory;
-
+mod s3;
 
 pub use local::LocalStore;
 pub use memory::MemoryStore;
-
+pub use s3::{S3Credentials, S3Options, S3Store};
 
 /// Opens the store of a repository. Makes no request yet, so a bucket or directory that is not there is found by
 /// the first one.
 pub async fn open(url: &RepositoryUrl) -> Result<Arc<dyn Store>> {
     Ok(match url {
         RepositoryUrl::Directory(path) => Arc::new(LocalStore::new(path)),
-        RepositoryUrl::S3(_) => Arc::new(MemoryStore::new()),
+        RepositoryUrl::S3(location) => Arc::new(S3Store::connect(location).await?),
     })
 }
 
@@ -57,7 +57,7 @@ pub trait Store: Send + Sync + fmt::Debug {
     async fn list(&self, prefix: &str, after: Option<&str>) -> Result<Page, StoreError>;
 
     /// Names directly below `prefix` (which ends in `/`) that have objects below them: the part of the keys up to
-    /// the next `/`, without it. Sorted.
+    /// the next `/`, without it. In byte order of the names (`a` before `a.b`, although `a.b/` comes before `a/`).
     async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError>;
 
     /// Removes an object. Removing one that is not there succeeds.

@@ -35,6 +35,7 @@ impl Directory {
                 folders.push(folder.to_owned());
             }
         }
+        folders.sort_unstable();
         Ok(folders)
     }
 
