@@ -1,0 +1,54 @@
+//! `petra init`.
+
+use petra_engine::repository::{Chunking, Config, Repository};
+use petra_engine::store;
+use petra_engine::url::Item;
+use serde::Serialize;
+
+use crate::failure::{At, Failure};
+use crate::session::Session;
+use crate::text::quoted;
+
+/// Options of `petra init`.
+#[derive(Debug, clap::Args)]
+pub struct Init {
+    /// A bucket, a prefix in one, or a directory; with #EXPERIMENT when it has '{experiment}' in it
+    #[arg(value_name = "URL")]
+    url: String,
+    /// How volumes are cut into chunks: by content (cdc) or in fixed sizes (such as fixed-16k, for databases)
+    #[arg(long, value_name = "PROFILE", default_value_t)]
+    chunking: Chunking,
+}
+
+#[derive(Serialize)]
+struct Document<'a> {
+    url: String,
+    config: &'a Config,
+}
+
+impl Init {
+    pub async fn run(self, session: &Session) -> Result<(), Failure> {
+        let url = session.url(&self.url)?;
+        let fits = match url.item {
+            Item::Repository => true,
+            // One repository for each experiment: the name is part of the repository's.
+            Item::Experiment(_) => url.repository.is_template(),
+            _ => false,
+        };
+        if !fits {
+            return Err(Failure::fix(format!("{url} names something in a repository"))
+                .hint(format!("leave out what follows the '#': petra init {}", url.repository)));
+        }
+        let activity = session.activity("init");
+        let store = store::open(&url.resolved_repository()?).await.at(&url)?;
+        let repository =
+            Repository::init(store, self.chunking, &activity.context).await.at(&url)?;
+        drop(activity);
+        let document = Document { url: url.to_string(), config: repository.config() };
+        session.out.report(&document, || format!("{url}\n"))?;
+        let run = if url.experiment().is_some() { "/RUN" } else { "#EXPERIMENT/RUN" };
+        let example = quoted(&format!("{url}{run}"));
+        session.out.say(&format!("next: petra snapshot IMAGE {example}"));
+        Ok(())
+    }
+}

@@ -1,0 +1,71 @@
+//! The commands: one module each, with its options, what it does and what it prints.
+
+mod demo;
+mod diff;
+mod du;
+mod gc;
+mod info;
+mod init;
+mod ls;
+mod manual;
+mod restore;
+mod rm;
+mod snapshot;
+mod verify;
+
+use clap::Subcommand;
+
+use crate::failure::Failure;
+use crate::session::Session;
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a repository in a bucket or directory
+    Init(init::Init),
+    /// Take a snapshot of one or more volumes and print its URL
+    Snapshot(snapshot::Snapshot),
+    /// Write a volume of a snapshot to a file, block device or standard output
+    Restore(restore::Restore),
+    /// List experiments, runs, snapshots or volumes
+    Ls(ls::Ls),
+    /// Show everything about a repository, snapshot or volume
+    Info(info::Info),
+    /// Show which ranges differ between two snapshots, without reading their data
+    Diff(diff::Diff),
+    /// Show what each experiment, run and snapshot holds alone
+    Du(du::Du),
+    /// Delete snapshots; their data goes with a later gc
+    Rm(rm::Rm),
+    /// Free what no snapshot needs any more
+    Gc(gc::Gc),
+    /// Check that everything snapshots need is there and undamaged
+    Verify(verify::Verify),
+    /// Show it all on a small volume in a temporary directory
+    Demo(demo::Demo),
+    /// Print a completion script for a shell
+    Completions(manual::Completions),
+    /// Print the manual page, or write the pages of all commands to a directory
+    Man(manual::Man),
+}
+
+impl Command {
+    /// Does it.
+    pub async fn run(self, session: &Session) -> Result<(), Failure> {
+        match self {
+            Self::Init(command) => command.run(session).await,
+            Self::Snapshot(command) => command.run(session).await,
+            Self::Restore(command) => command.run(session).await,
+            Self::Ls(command) => command.run(session).await,
+            Self::Info(command) => command.run(session).await,
+            Self::Diff(command) => command.run(session).await,
+            Self::Du(command) => command.run(session).await,
+            Self::Rm(command) => command.run(session).await,
+            Self::Gc(command) => command.run(session).await,
+            Self::Verify(command) => command.run(session).await,
+            Self::Demo(command) => command.run(session).await,
+            Self::Completions(command) => command.run(session),
+            Self::Man(command) => command.run(session),
+        }
+    }
+}

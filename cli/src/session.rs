@@ -1,0 +1,75 @@
+//! What all commands share.
+
+use std::future::Future;
+
+use petra_engine::context::Context;
+use petra_engine::error::Error;
+use petra_engine::repository::Repository;
+use petra_engine::store;
+use petra_engine::url::PetraUrl;
+use tokio_util::sync::CancellationToken;
+
+use crate::args::Global;
+use crate::failure::{At, Failure};
+use crate::location;
+use crate::output::Output;
+use crate::progress::Activity;
+
+/// One run of the command line.
+#[derive(Debug)]
+pub struct Session {
+    /// Where results and talk go.
+    pub out: Output,
+    /// Cancelled by a signal.
+    pub cancel: CancellationToken,
+    global: Global,
+}
+
+impl Session {
+    /// A session with these options.
+    pub fn new(global: &Global, out: Output) -> Self {
+        Self { out, cancel: CancellationToken::new(), global: global.clone() }
+    }
+
+    /// The repository of `--repository` or `PETRA_REPOSITORY`.
+    pub fn default_repository(&self) -> Option<&str> {
+        self.global.repository.as_deref().filter(|url| !url.is_empty())
+    }
+
+    /// Reads a URL as typed.
+    pub fn url(&self, text: &str) -> Result<PetraUrl, Failure> {
+        location::parse(text, self.default_repository())
+    }
+
+    /// Opens the repository of a URL.
+    pub async fn open(&self, url: &PetraUrl) -> Result<Repository, Failure> {
+        let repository = url.resolved_repository()?;
+        tracing::debug!(%repository, "open");
+        self.unless_cancelled(async { Repository::open(store::open(&repository).await?).await })
+            .await
+            .at(url)
+    }
+
+    /// Waits for a request that takes no context of its own. Such a request changes nothing, so that it can be
+    /// dropped at any point.
+    pub async fn unless_cancelled<T, E: From<Error>>(
+        &self,
+        request: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        tokio::select! {
+            result = request => result,
+            () = self.cancel.cancelled() => Err(Error::Cancelled.into()),
+        }
+    }
+
+    /// Begins an operation that shows its progress until the returned value is dropped.
+    pub fn activity(&self, label: &'static str) -> Activity {
+        let mut context = Context { cancel: self.cancel.clone(), ..Context::default() };
+        if let Some(threads) = self.global.threads {
+            context.limits.threads = threads.get();
+        }
+        // Log lines would tear a bar apart.
+        let may_draw = self.global.verbose == 0;
+        Activity::begin(label, self.out, context, may_draw)
+    }
+}
