@@ -3,8 +3,7 @@
 use std::error::Error as _;
 use std::process::ExitCode;
 
-use petra_engine::error::{Error, ErrorKind};
-use petra_engine::url::PetraUrl;
+use petra_engine::{Error, ErrorKind, PetraUrl};
 use serde::Serialize;
 
 use crate::hints;

@@ -2,9 +2,8 @@
 
 use std::io;
 
-use petra_engine::error::Error;
 use petra_engine::store::{StoreError, StoreErrorCause};
-use petra_engine::url::{Item, PetraUrl, RepositoryUrl, SnapshotRef};
+use petra_engine::{Error, Item, PetraUrl, RepositoryUrl, SnapshotRef};
 
 use crate::text::quoted;
 
@@ -32,11 +31,10 @@ pub fn hint(error: &Error, at: Option<&PetraUrl>) -> Option<String> {
         Error::NotARepository { location } => {
             format!("make one with: petra init {}", quoted(&init_url(location, at)))
         }
-        Error::NotEmpty { location, .. } => format!(
-            "if it is a repository already, use it as it is (petra ls {}); otherwise choose an \
-             empty directory or another prefix",
-            quoted(location)
-        ),
+        Error::NotEmpty { location, found } if found.starts_with("already") => {
+            format!("use it as it is: petra ls {}", quoted(location))
+        }
+        Error::NotEmpty { .. } => "choose an empty directory or another prefix".to_owned(),
         Error::Version { .. } => {
             "a newer Petra wrote this repository: use that version or a later one".to_owned()
         }
@@ -193,7 +191,9 @@ fn store(error: &StoreError, at: Option<&PetraUrl>) -> Option<String> {
 
 fn local(cause: &io::Error) -> Option<String> {
     let text = match cause.kind() {
-        io::ErrorKind::NotFound => "check the path",
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            "check the path; the directory must exist"
+        }
         io::ErrorKind::PermissionDenied => {
             "run as a user who has access to it; block devices usually need root"
         }

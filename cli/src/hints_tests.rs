@@ -1,8 +1,7 @@
 use std::path::PathBuf;
 
-use petra_engine::id::SnapshotId;
-
 use super::*;
+use petra_engine::SnapshotId;
 
 fn url(text: &str) -> PetraUrl {
     text.parse().unwrap()
@@ -48,8 +47,10 @@ fn what_is_no_repository_can_become_one() {
         hint_at(&error, "file:///r/{experiment}#e/run"),
         "make one with: petra init 'file:///r/{experiment}#e'"
     );
-    let error = Error::NotEmpty { location: "file:///r".to_owned(), found: "holds files" };
-    assert!(hint(&error, None).unwrap().contains("petra ls file:///r"));
+    let not_empty = |found| Error::NotEmpty { location: "file:///r".to_owned(), found };
+    let text = hint(&not_empty("already holds a repository"), None).unwrap();
+    assert_eq!(text, "use it as it is: petra ls file:///r");
+    assert!(hint(&not_empty("is not empty"), None).unwrap().contains("another prefix"));
     let error = Error::Version { object: "config".to_owned(), found: 9, supported: 1 };
     assert!(hint(&error, None).unwrap().contains("newer Petra"));
 }
@@ -145,7 +146,7 @@ fn targets_and_files() {
     assert!(hint(&target("it exists already"), None).unwrap().contains("--in-place"));
     assert!(hint(&target("it is too small"), None).unwrap().contains("at least as large"));
     for (kind, expected) in [
-        (io::ErrorKind::NotFound, Some("check the path")),
+        (io::ErrorKind::NotFound, Some("directory must exist")),
         (io::ErrorKind::PermissionDenied, Some("usually need root")),
         (io::ErrorKind::StorageFull, Some("make room")),
         (io::ErrorKind::ResourceBusy, Some("unmount")),

@@ -2,10 +2,8 @@
 
 use std::path::Path;
 
-use petra_engine::error::Error;
-use petra_engine::url::{PetraUrl, RepositoryUrl};
-
 use crate::failure::Failure;
+use petra_engine::{Error, Item, PetraUrl, RepositoryUrl};
 
 /// Reads a URL, a path (`./repo#iris/run-1`), or the part from `#` on of a URL of the default repository.
 pub fn parse(text: &str, default: Option<&str>) -> Result<PetraUrl, Failure> {
@@ -15,7 +13,7 @@ pub fn parse(text: &str, default: Option<&str>) -> Result<PetraUrl, Failure> {
                 .hint("put one before the '#', or set --repository or PETRA_REPOSITORY"));
         };
         let repository = parse(default, None)?.repository;
-        return Ok(PetraUrl { repository, item: item(text)? });
+        return Ok(PetraUrl { repository, item: item(text, text)? });
     }
     if !is_path(text) {
         return Ok(text.parse()?);
@@ -29,7 +27,7 @@ pub fn parse(text: &str, default: Option<&str>) -> Result<PetraUrl, Failure> {
         path: path.into(),
         cause,
     })?;
-    Ok(PetraUrl { repository: RepositoryUrl::Directory(path), item: item(fragment)? })
+    Ok(PetraUrl { repository: RepositoryUrl::Directory(path), item: item(fragment, text)? })
 }
 
 fn is_path(text: &str) -> bool {
@@ -37,9 +35,14 @@ fn is_path(text: &str) -> bool {
     !path.contains("://") && (path.contains('/') || path.starts_with('.'))
 }
 
-/// What `#...` names. The grammar is the engine's, and does not depend on what stands before the `#`.
-fn item(fragment: &str) -> Result<petra_engine::url::Item, Failure> {
-    Ok(format!("file:///repository{fragment}").parse::<PetraUrl>()?.item)
+/// What `#...` names. The grammar is the engine's, and does not depend on what stands before the `#`. Errors show
+/// what was typed.
+fn item(fragment: &str, typed: &str) -> Result<Item, Failure> {
+    match format!("file:///repository{fragment}").parse::<PetraUrl>() {
+        Ok(url) => Ok(url.item),
+        Err(Error::Url { reason, .. }) => Err(Error::Url { url: typed.to_owned(), reason }.into()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 #[cfg(test)]
@@ -75,6 +78,8 @@ mod tests {
     fn words_are_no_paths() {
         assert!(shown("repo").contains("begins with neither"));
         assert!(shown("http://host/x").contains("begins with neither"));
-        assert!(shown("./repo#a/b/c/d/e").contains("at most"));
+        assert!(
+            shown("./repo#a/b/c/d/e").starts_with("'./repo#a/b/c/d/e' is not a Petra URL: after")
+        );
     }
 }

@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use petra_engine::context::Context;
+use petra_engine::Context;
 use petra_engine::progress::{Event, Progress};
 
 use crate::output::Output;

@@ -2,11 +2,8 @@
 
 use std::future::Future;
 
-use petra_engine::context::Context;
-use petra_engine::error::Error;
-use petra_engine::repository::Repository;
 use petra_engine::store;
-use petra_engine::url::PetraUrl;
+use petra_engine::{Context, Error, PetraUrl, Repository};
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Global;

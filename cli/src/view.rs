@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use petra_engine::id::{Digest, SnapshotId};
-use petra_engine::name::Name;
 use petra_engine::record::{SnapshotRecord, SnapshotStats, VolumeRecord};
-use petra_engine::url::{Item, PetraUrl, RepositoryUrl, Selector, SnapshotRef};
+use petra_engine::{
+    Digest, Item, Name, PetraUrl, RepositoryUrl, Selector, SnapshotId, SnapshotRef,
+};
 use serde::Serialize;
 
 /// A snapshot.

@@ -7,15 +7,14 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use petra_engine::error::Error;
-use petra_engine::name::Name;
+use petra_engine::chunker::Chunking;
 use petra_engine::record::SnapshotRecord;
-use petra_engine::repository::{Chunking, Repository};
-use petra_engine::restore::{FileTarget, RestoreOptions, restore};
+use petra_engine::restore::{RestoreOptions, restore};
 use petra_engine::snapshot::{Parent, SnapshotRequest, snapshot};
 use petra_engine::source::FileSource;
 use petra_engine::store;
-use petra_engine::url::{PetraUrl, RepositoryUrl};
+use petra_engine::target::FileTarget;
+use petra_engine::{Error, Name, PetraUrl, Repository, RepositoryUrl};
 use serde::Serialize;
 
 use crate::failure::{At, Exit, Failure};
@@ -24,7 +23,10 @@ use crate::text::{Side, Table, bytes, duration_ms, quoted, ratio};
 use crate::{lookup, view};
 
 const MIB: u64 = 1 << 20;
-const VOLUME_LEN: u64 = 256 * MIB;
+const VOLUME_LEN: u64 = 128 * MIB;
+/// Where the part that does not compress is, and where it moves.
+const RANDOM_AT: u64 = 40 * MIB;
+const MOVED_TO: u64 = 80 * MIB + 12_345;
 const BLOCK: usize = 64 << 10;
 
 /// Options of `petra demo`.
@@ -81,7 +83,7 @@ async fn play(session: &Session, directory: &Path) -> Result<(), Failure> {
         bytes(VOLUME_LEN),
         story.volume.display()
     ));
-    story.make_volume()?;
+    story.make_volumes()?;
 
     let activity = session.activity("demo");
     let repository =
@@ -114,7 +116,7 @@ async fn play(session: &Session, directory: &Path) -> Result<(), Failure> {
     let url: PetraUrl = view::snapshot_url(at, &first, None).parse()?;
     let found = lookup::snapshot(&session.open(&url).await?, &url).await?;
     let volume = found.volumes.first().ok_or(Error::Internal("the demo's volume is lost"))?;
-    let target = Arc::new(FileTarget::create(&story.restored, volume.len_bytes)?);
+    let target = FileTarget::create(&story.restored, volume.len_bytes)?;
     let report =
         restore(&repository, volume, target, &RestoreOptions::default(), &activity.context)
             .await
@@ -148,19 +150,22 @@ impl Story {
         move |cause| Error::Io { action, path, cause }
     }
 
-    /// 24 MiB that compress, 8 MiB that don't, holes around them.
-    fn make_volume(&self) -> Result<(), Failure> {
-        let write = || -> io::Result<()> {
-            let file = File::create_new(&self.volume)?;
-            file.set_len(VOLUME_LEN)?;
-            let mut noise = Noise(1);
-            fill(&file, MIB, 24 * MIB, |block| noise.words(block))?;
-            fill(&file, 160 * MIB, 8 * MIB, |block| noise.bytes(block))?;
-            file.sync_all()
-        };
-        write().map_err(Self::io("write", &self.volume))?;
-        std::fs::copy(&self.volume, &self.before).map_err(Self::io("copy", &self.volume))?;
+    /// A volume, and a copy of it to compare with later.
+    fn make_volumes(&self) -> Result<(), Failure> {
+        // Made twice rather than copied: a copy would fill the holes.
+        for path in [&self.volume, &self.before] {
+            Self::make_volume(path).map_err(Self::io("write", path))?;
+        }
         Ok(())
+    }
+
+    /// 24 MiB that compress, 8 MiB that don't, holes around them.
+    fn make_volume(path: &Path) -> io::Result<()> {
+        let file = File::create_new(path)?;
+        file.set_len(VOLUME_LEN)?;
+        let mut noise = Noise(1);
+        fill(&file, MIB, 24 * MIB, |block| noise.words(block))?;
+        fill(&file, RANDOM_AT, 8 * MIB, |block| noise.bytes(block))
     }
 
     /// 1 MiB is written anew, and 8 MiB move to an odd place, where only cutting by content finds them again.
@@ -171,10 +176,10 @@ impl Story {
             fill(&file, 4 * MIB, MIB, |block| noise.words(block))?;
             let mut block = vec![0; BLOCK];
             for offset in (0..8 * MIB).step_by(BLOCK) {
-                file.read_exact_at(&mut block, 160 * MIB + offset)?;
-                file.write_all_at(&block, 100 * MIB + 12_345 + offset)?;
+                file.read_exact_at(&mut block, RANDOM_AT + offset)?;
+                file.write_all_at(&block, MOVED_TO + offset)?;
             }
-            file.sync_all()
+            Ok(())
         };
         Ok(write().map_err(Self::io("write", &self.volume))?)
     }

@@ -1,9 +1,8 @@
 //! `petra diff`.
 
 use petra_engine::diff::{VolumeDiff, diff};
-use petra_engine::name::Name;
 use petra_engine::record::SnapshotRecord;
-use petra_engine::url::{Item, PetraUrl};
+use petra_engine::{Item, Name, PetraUrl};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
@@ -58,10 +57,8 @@ impl Diff {
         let activity = session.activity("diff");
         let mut volumes = vec![];
         for (in_from, in_to) in pairs {
-            let (old, new) = (
-                lookup::volume(&from, in_from).at(&from_url)?,
-                lookup::volume(&to, in_to).at(&to_url)?,
-            );
+            let (old, new) =
+                (lookup::volume(&from, in_from, &from_url)?, lookup::volume(&to, in_to, &to_url)?);
             volumes.push(Volume {
                 name: in_to,
                 from_len_bytes: old.len_bytes,

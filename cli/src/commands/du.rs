@@ -1,11 +1,10 @@
 //! `petra du`.
 
-use petra_engine::url::Item;
+use petra_engine::Item;
 use petra_engine::usage::{Usage, UsageRow, usage};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
-use crate::lookup;
 use crate::session::Session;
 use crate::text::{Side, Table, bytes};
 
@@ -32,9 +31,12 @@ impl Du {
                 .hint("ask for its run: the table has a row for each snapshot"));
         }
         let repository = session.open(&url).await?;
-        session.unless_cancelled(lookup::exists(&repository, &url.item)).await.at(&url)?;
         let activity = session.activity("du");
         let usage = usage(&repository, &url.item, &activity.context).await.at(&url)?;
+        if usage.rows.is_empty() && url.item != Item::Repository {
+            // The engine has no rows for what is not there; this says so, with what is.
+            repository.snapshots(&url.item).await.at(&url)?;
+        }
         drop(activity);
         let document = Document { url: url.to_string(), usage: &usage };
         session.out.report(&document, || table(&usage))?;

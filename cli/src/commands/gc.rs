@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use petra_engine::Item;
 use petra_engine::collect::{CollectOptions, CollectReport, collect};
-use petra_engine::url::Item;
 use serde::Serialize;
 
 use crate::failure::{At, Failure};

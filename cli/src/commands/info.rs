@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use petra_engine::record::{SnapshotRecord, VolumeRecord};
-use petra_engine::repository::{Config, Repository};
-use petra_engine::url::{Item, PetraUrl};
+use petra_engine::record::{Config, SnapshotRecord, VolumeRecord};
+use petra_engine::{Item, PetraUrl, Repository};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
@@ -83,7 +82,6 @@ async fn show(session: &Session, repository: &Repository, url: &PetraUrl) -> Res
             let experiments = repository.experiments().await.at(url)?.len();
             fields
                 .add("id", config.id.to_string())
-                .add("version", config.version.to_string())
                 .add("created", time(config.created))
                 .add("chunking", config.chunking.to_string())
                 .add("experiments", experiments.to_string());
@@ -93,7 +91,7 @@ async fn show(session: &Session, repository: &Repository, url: &PetraUrl) -> Res
             let record = lookup::snapshot(repository, url).await?;
             match volume {
                 Some(name) => {
-                    let volume = lookup::volume(&record, name).at(url)?;
+                    let volume = lookup::volume(&record, name, url)?;
                     let view = view::Volume::new(at, &record, volume);
                     print(About::Volume(view), volume_text(fields, &record, volume))
                 }
@@ -106,7 +104,7 @@ async fn show(session: &Session, repository: &Repository, url: &PetraUrl) -> Res
             }
         }
         scope => {
-            let records = lookup::snapshots(repository, scope).await.at(url)?;
+            let records = repository.snapshots(scope).await.at(url)?;
             let group = Group::of(&records);
             fields
                 .add("runs", group.runs.to_string())

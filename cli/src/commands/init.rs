@@ -1,8 +1,9 @@
 //! `petra init`.
 
-use petra_engine::repository::{Chunking, Config, Repository};
+use petra_engine::chunker::Chunking;
+use petra_engine::record::Config;
 use petra_engine::store;
-use petra_engine::url::Item;
+use petra_engine::{Item, Repository};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
@@ -15,8 +16,8 @@ pub struct Init {
     /// A bucket, a prefix in one, or a directory; with #EXPERIMENT when it has '{experiment}' in it
     #[arg(value_name = "URL")]
     url: String,
-    /// How volumes are cut into chunks: by content (cdc) or in fixed sizes (such as fixed-16k, for databases)
-    #[arg(long, value_name = "PROFILE", default_value_t)]
+    /// How volumes are cut into chunks: by content (cdc, cdc-16k) or in fixed sizes (fixed-16k, for databases)
+    #[arg(long, value_name = "PROFILE", default_value = "cdc")]
     chunking: Chunking,
 }
 

@@ -1,9 +1,7 @@
 //! `petra ls`.
 
-use petra_engine::name::Name;
 use petra_engine::record::SnapshotRecord;
-use petra_engine::repository::Repository;
-use petra_engine::url::{Item, PetraUrl};
+use petra_engine::{Item, Name, PetraUrl, Repository};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
@@ -74,9 +72,6 @@ async fn list(
         }
         Item::Experiment(experiment) if !recursive => {
             let names = repository.runs(experiment).await.at(url)?;
-            if names.is_empty() {
-                lookup::exists(repository, &url.item).await.at(url)?;
-            }
             let text = lines(&names);
             let entry = |run: Name| {
                 let item = Item::Run { experiment: experiment.clone(), run: run.clone() };
@@ -91,7 +86,7 @@ async fn list(
             print(List::Volumes(volumes.collect()), volume_table(&record))
         }
         scope => {
-            let records = lookup::snapshots(repository, scope).await.at(url)?;
+            let records = repository.snapshots(scope).await.at(url)?;
             let text = snapshot_table(&records, recursive && !matches!(scope, Item::Run { .. }));
             let snapshots = records.iter().map(|record| view::Snapshot::new(at, record));
             print(List::Snapshots(snapshots.collect()), text)

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::CommandFactory;
 use clap_complete::Shell;
-use petra_engine::error::Error;
+use petra_engine::Error;
 
 use crate::args::Args;
 use crate::failure::Failure;

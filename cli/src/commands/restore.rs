@@ -3,13 +3,11 @@
 use std::io::IsTerminal;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use petra_engine::error::Error;
-use petra_engine::record::{ByteRange, SnapshotRecord, VolumeRecord};
-use petra_engine::repository::Repository;
-use petra_engine::restore::{FileTarget, RestoreOptions, RestoreReport, restore, stream};
-use petra_engine::url::{Item, PetraUrl};
+use petra_engine::record::{SnapshotRecord, VolumeRecord};
+use petra_engine::restore::{ByteRange, Damage, RestoreOptions, RestoreReport, restore, stream};
+use petra_engine::target::FileTarget;
+use petra_engine::{Error, Item, PetraUrl, Repository};
 use petra_volume::device::{System, Use};
 use serde::Serialize;
 
@@ -85,7 +83,7 @@ impl Restore {
         let repository = session.open(&url).await?;
         let record = session.unless_cancelled(lookup::snapshot(&repository, &url)).await?;
         let volumes = match volume {
-            Some(name) => vec![lookup::volume(&record, name).at(&url)?],
+            Some(name) => vec![lookup::volume(&record, name, &url)?],
             None => volumes(&record, &destination, &url)?,
         };
         let targets = self.targets(&destination, volumes)?;
@@ -207,6 +205,13 @@ fn volumes<'a>(
         return Ok(record.volumes.iter().collect());
     }
     let names: Vec<&str> = record.volumes.iter().map(|volume| volume.name.as_str()).collect();
+    let all = match destination {
+        Destination::Stdout => "a directory takes all of them".to_owned(),
+        _ => {
+            let target = quoted(&destination.path().to_string_lossy());
+            format!("restore all of them to a directory: {target}/")
+        }
+    };
     let first = record.volumes.first().map_or("VOLUME".to_owned(), |volume| volume.name.encoded());
     Err(Failure::fix(format!(
         "snapshot {} has {}: {}",
@@ -214,11 +219,7 @@ fn volumes<'a>(
         count(names.len(), "volume"),
         names.join(", ")
     ))
-    .hint(format!(
-        "name one in the URL, such as {}, or restore all of them to a directory: {}/",
-        quoted(&format!("{url}/{first}")),
-        quoted(&destination.path().to_string_lossy())
-    )))
+    .hint(format!("name one in the URL, such as {}, or {all}", quoted(&format!("{url}/{first}")))))
 }
 
 async fn write(
@@ -227,7 +228,7 @@ async fn write(
     target: &Destination,
     options: &RestoreOptions,
     activity: &Activity,
-) -> petra_engine::error::Result<RestoreReport> {
+) -> petra_engine::Result<RestoreReport> {
     let file = match target {
         Destination::Stdout => {
             let out = Box::new(std::io::stdout());
@@ -238,7 +239,7 @@ async fn write(
             FileTarget::create(path, volume.len_bytes)?
         }
     };
-    restore(repository, volume, Arc::new(file), options, &activity.context).await
+    restore(repository, volume, file, options, &activity.context).await
 }
 
 fn summary(target: &Path, report: &RestoreReport) -> String {
@@ -257,7 +258,7 @@ fn summary(target: &Path, report: &RestoreReport) -> String {
 fn partial(document: &Document<'_>) -> Result<(), Failure> {
     let damage = |restored: &Restored<'_>| -> Vec<String> {
         let target = restored.target.display().to_string();
-        let line = |damage: &petra_engine::restore::Damage| {
+        let line = |damage: &Damage| {
             format!("{target}: {}: {}; {}", damage.object, damage.detail, ranges(&damage.ranges))
         };
         restored.report.damaged.iter().map(line).collect()

@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 
 use petra_engine::record::SnapshotRecord;
-use petra_engine::repository::Repository;
-use petra_engine::url::{Item, PetraUrl};
+use petra_engine::{Item, PetraUrl, Repository};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
@@ -73,7 +72,7 @@ async fn select(
         }
         Item::Repository => Err(Failure::fix(format!("{url} is a whole repository"))
             .hint("delete its directory, or the bucket or prefix, with the store's own tools")),
-        scope if recursive => lookup::snapshots(repository, scope).await.at(url),
+        scope if recursive => repository.snapshots(scope).await.at(url),
         _ => Err(Failure::fix(format!("{url} is more than a snapshot")).hint(format!(
             "petra rm --recursive {} deletes all its snapshots",
             quoted(&url.to_string())

@@ -6,15 +6,11 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use petra_engine::id::SnapshotId;
-use petra_engine::name::Name;
 use petra_engine::record::SnapshotRecord;
-use petra_engine::repository::Repository;
 use petra_engine::snapshot::{Parent, SnapshotRequest, snapshot};
 use petra_engine::source::{FileSource, Source};
-use petra_engine::url::{Item, PetraUrl, Selector, SnapshotRef};
+use petra_engine::{Item, Name, PetraUrl, Repository, Selector, SnapshotId, SnapshotRef};
 use petra_volume::device::System;
-use serde::Serialize;
 
 use crate::failure::{At, Failure};
 use crate::session::Session;
@@ -47,12 +43,6 @@ pub struct Snapshot {
     parent: Option<String>,
 }
 
-#[derive(Serialize)]
-struct Document<'a> {
-    url: &'a str,
-    snapshot: view::Snapshot<'a>,
-}
-
 impl Snapshot {
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
         let url = session.url(&self.url)?;
@@ -80,10 +70,8 @@ impl Snapshot {
         let record = snapshot(&repository, request, &activity.context).await.at(&url)?;
         drop(activity);
         session.out.say(&summary(&record));
-        let made = view::snapshot_url(&url.repository, &record, None);
-        let document =
-            Document { url: &made, snapshot: view::Snapshot::new(&url.repository, &record) };
-        session.out.report(&document, || format!("{made}\n"))
+        let made = view::Snapshot::new(&url.repository, &record);
+        session.out.report(&made, || format!("{}\n", made.url))
     }
 }
 

@@ -5,7 +5,6 @@ use serde::Serialize;
 
 use super::restore::ranges;
 use crate::failure::{At, Exit, Failure};
-use crate::lookup;
 use crate::session::Session;
 use crate::text::{bytes, count};
 
@@ -32,14 +31,13 @@ impl Verify {
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
         let url = session.url(&self.url)?;
         let repository = session.open(&url).await?;
-        session.unless_cancelled(lookup::exists(&repository, &url.item)).await.at(&url)?;
         let options = VerifyOptions { read_data: self.read_data };
         let activity = session.activity("verify");
         let report = verify(&repository, &url.item, &options, &activity.context).await.at(&url)?;
         drop(activity);
         let document =
             Document { url: url.to_string(), read_data: self.read_data, report: &report };
-        session.out.report(&document, || text(&report))?;
+        session.out.report(&document, || text(&report, self.read_data))?;
         let problems = report.problems.len();
         if problems > 0 {
             let what = format!("{} found in {url}", count(problems, "problem"));
@@ -52,18 +50,19 @@ impl Verify {
     }
 }
 
-fn text(report: &VerifyReport) -> String {
+fn text(report: &VerifyReport, read_data: bool) -> String {
     let mut out: String = report.problems.iter().map(problem).collect();
-    out += &format!(
-        "checked {} in {} with {}: {}\n",
-        bytes(report.checked_bytes),
-        count(report.packs, "pack"),
-        count(report.snapshots, "snapshot"),
-        match report.problems.len() {
-            0 => "no problems".to_owned(),
-            n => count(n, "problem"),
-        }
-    );
+    let read = if read_data {
+        format!(", {} of data read", bytes(report.checked_bytes))
+    } else {
+        String::new()
+    };
+    let found = match report.problems.len() {
+        0 => "no problems".to_owned(),
+        n => count(n, "problem"),
+    };
+    let (snapshots, packs) = (count(report.snapshots, "snapshot"), count(report.packs, "pack"));
+    out += &format!("checked {snapshots} in {packs}{read}: {found}\n");
     out
 }
 
