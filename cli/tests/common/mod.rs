@@ -1,0 +1,257 @@
+//! Runs the real binary in a directory of its own and makes its output comparable.
+
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A directory, and what was done in it.
+pub struct Sandbox {
+    directory: TempDir,
+    transcript: String,
+}
+
+/// How a command ended.
+pub struct Done {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Sandbox {
+    pub fn new() -> Self {
+        Self { directory: tempfile::tempdir().unwrap(), transcript: String::new() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The binary, in this directory, without the settings of whoever runs the tests.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_petra"));
+        command.current_dir(self.directory.path());
+        let ours = |name: &str| name.starts_with("PETRA_") || name.starts_with("AWS_");
+        for (name, _) in std::env::vars().filter(|(name, _)| ours(name)) {
+            command.env_remove(name);
+        }
+        command.env("HOME", self.directory.path());
+        command
+    }
+
+    /// Runs the words of a line and notes what was said.
+    pub fn run(&mut self, line: &str) -> Done {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        self.run_words(&words)
+    }
+
+    /// Runs these arguments and notes what was said.
+    pub fn run_words(&mut self, words: &[&str]) -> Done {
+        let done = Done::new(self.command().args(words).output().unwrap());
+        let _ = writeln!(self.transcript, "$ petra {}", words.join(" "));
+        self.transcript += &done.stdout;
+        for line in done.stderr.lines() {
+            let _ = writeln!(self.transcript, "! {line}");
+        }
+        if done.code != 0 {
+            let _ = writeln!(self.transcript, "[exit {}]", done.code);
+        }
+        self.transcript.push('\n');
+        done
+    }
+
+    /// Runs a line that must succeed; its standard output without the line's end.
+    pub fn ok(&mut self, line: &str) -> String {
+        let done = self.run(line);
+        assert_eq!(done.code, 0, "petra {line}: {}", done.stderr);
+        done.stdout.trim_end().to_owned()
+    }
+
+    /// Runs a line that must succeed with `--json`.
+    pub fn json(&mut self, line: &str) -> Value {
+        serde_json::from_str(&self.ok(&format!("--json {line}"))).unwrap()
+    }
+
+    /// Runs a line that must fail with this code and say this on standard error.
+    pub fn fails(&mut self, line: &str, code: i32, said: &[&str]) {
+        let done = self.run(line);
+        assert_eq!(done.code, code, "petra {line}: {}{}", done.stdout, done.stderr);
+        for words in said {
+            assert!(done.stderr.contains(words), "petra {line}: no {words:?} in:\n{}", done.stderr);
+        }
+    }
+
+    /// What was said so far, comparable; starts anew.
+    pub fn transcript(&mut self) -> String {
+        let text = std::mem::take(&mut self.transcript);
+        // On some systems the temporary directory is reached through a link.
+        let real = self.directory.path().canonicalize().unwrap();
+        let text = text.replace(&*real.to_string_lossy(), "[DIR]");
+        normalised(&text.replace(&*self.directory.path().to_string_lossy(), "[DIR]"))
+    }
+
+    /// Forgets what was said so far.
+    pub fn forget(&mut self) {
+        self.transcript.clear();
+    }
+
+    /// A volume of `len` bytes with some data at its beginning, in a file of this name.
+    pub fn volume(&self, name: &str, len: u64, data: usize, seed: u64) -> PathBuf {
+        let path = self.path(name);
+        let file = File::create(&path).unwrap();
+        file.set_len(len).unwrap();
+        file.write_all_at(&noise(data, seed), 0).unwrap();
+        path
+    }
+
+    /// Overwrites a part of a file.
+    pub fn overwrite(&self, name: &str, at: u64, len: usize, seed: u64) {
+        let file = File::options().write(true).open(self.path(name)).unwrap();
+        file.write_all_at(&noise(len, seed), at).unwrap();
+    }
+
+    /// A repository `repo` with the snapshots `initial` and `final` of a workspace and a data volume.
+    pub fn with_story() -> Self {
+        let mut sandbox = Self::new();
+        sandbox.volume("work.img", 8 << 20, 3 << 20, 1);
+        sandbox.volume("models.img", 4 << 20, 1 << 20, 2);
+        sandbox.ok("init ./repo");
+        sandbox.ok(
+            "snapshot work.img models=models.img ./repo#iris/run-1 --name initial \
+             --label step=train --label phase=initial --message before --metadata image=jupyter:1.2",
+        );
+        std::fs::copy(sandbox.path("work.img"), sandbox.path("work-before.img")).unwrap();
+        sandbox.overwrite("work.img", 1 << 20, 1000, 3);
+        sandbox.ok(
+            "snapshot work.img models=models.img ./repo#iris/run-1 --name final --label phase=final",
+        );
+        sandbox.forget();
+        sandbox
+    }
+
+    pub fn assert_same(&self, a: &str, b: &str) {
+        let read = |name: &str| std::fs::read(self.path(name)).unwrap();
+        assert!(read(a) == read(b), "{a} and {b} differ");
+    }
+}
+
+impl Done {
+    fn new(output: Output) -> Self {
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+/// Bytes that do not compress, the same for the same seed.
+pub fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+/// Replaces what differs from run to run, keeping columns where they are.
+fn normalised(text: &str) -> String {
+    let mut out = String::new();
+    let mut ids: Vec<String> = vec![];
+    let word = |c: char| c.is_ascii_alphanumeric();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = rest.find(|c| !word(c)).unwrap_or(rest.len());
+        let (token, after) = rest.split_at(end);
+        if token.len() == 26 && token.starts_with('0') {
+            let known = ids.iter().position(|id| id == token);
+            let n = known.unwrap_or_else(|| {
+                ids.push(token.to_owned());
+                ids.len() - 1
+            });
+            let _ = write!(out, "<id-{n:-<21}>", n = n + 1);
+        } else if token.len() == 64 {
+            out += "<digest>";
+        } else if token.len() > 4 && token.bytes().all(|b| b.is_ascii_digit()) {
+            out += &"#".repeat(token.len());
+        } else {
+            out += token;
+        }
+        let skip = after.chars().next().map_or(0, char::len_utf8);
+        let (separator, after) = after.split_at(skip);
+        out += separator;
+        rest = after;
+    }
+    out.lines().map(|line| numbers(line) + "\n").collect()
+}
+
+/// Hides digits of sizes, ratios, times and dates, not their places.
+fn numbers(line: &str) -> String {
+    let mut words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+    let hide = |word: &str| word.replace(|c: char| c.is_ascii_digit(), "#");
+    for n in 0..words.len() {
+        let word = words[n].clone();
+        let unit = words.get(n + 1).map_or("", |next| next.trim_end_matches([',', ';', ':', ')']));
+        let number = word.starts_with(|c: char| c.is_ascii_digit());
+        let date = word.len() == 10 && word.matches('-').count() == 2
+            || word.ends_with('Z') && word.contains(':');
+        let ratio = word.trim_matches(['(', ')', ',']).strip_suffix('x').is_some_and(|ratio| {
+            ratio.contains('.') && ratio.chars().all(|c| c.is_ascii_digit() || c == '.')
+        });
+        if number && ["B", "KiB", "MiB", "GiB", "s"].contains(&unit) || date || ratio {
+            words[n] = hide(&word);
+        }
+    }
+    words.join(" ")
+}
+
+/// A document with the types of its values instead of them: an array has the shape of its first element.
+pub fn shape(document: &Value) -> Value {
+    match document {
+        Value::Null => "null".into(),
+        Value::Bool(_) => "boolean".into(),
+        Value::Number(_) => "number".into(),
+        Value::String(_) => "string".into(),
+        Value::Array(values) => values.iter().take(1).map(shape).collect(),
+        Value::Object(fields) => {
+            fields.iter().map(|(name, value)| (name.clone(), shape(value))).collect()
+        }
+    }
+}
+
+/// True when a test may run; says that it is skipped otherwise. With `PETRA_TEST_REQUIRE=all` nothing may be.
+pub fn may_run(test: &str, missing: &[String]) -> bool {
+    if missing.is_empty() {
+        return true;
+    }
+    let missing = missing.join(", ");
+    let required = std::env::var("PETRA_TEST_REQUIRE").is_ok_and(|value| value == "all");
+    assert!(!required, "{test} is required and lacks {missing}");
+    eprintln!("skipped: {test} needs {missing}");
+    false
+}
+
+/// The object files below a folder of a repository, largest first.
+pub fn objects(folder: &Path) -> Vec<PathBuf> {
+    let mut found = vec![];
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { folders.push(path) } else { found.push(path) }
+        }
+    }
+    found.sort_by_key(|path| std::cmp::Reverse(path.metadata().unwrap().len()));
+    found
+}
