@@ -37,7 +37,7 @@ pub enum Chunking {
 
 impl Default for Chunking {
     fn default() -> Self {
-        Self::FastCdc { min: 8 << 10, average: 32 << 10, max: 128 << 10 }
+        Self::FastCdc { min: 4 << 10, average: 16 << 10, max: 64 << 10 }
     }
 }
 
@@ -46,14 +46,23 @@ impl Chunking {
     pub fn validate(self) -> Result<Self> {
         let ok = match self {
             Self::FastCdc { min, average, max } => {
-                min >= 2048 && min < average && average < max && average.is_power_of_two()
-                    && min % 2 == 0 && max % 2 == 0 && max as usize <= frame::MAX_BYTES
+                min >= 2048
+                    && min < average
+                    && average < max
+                    && average.is_power_of_two()
+                    && min % 2 == 0
+                    && max % 2 == 0
+                    && max as usize <= frame::MAX_BYTES
             }
             Self::Fixed { len } => {
                 len as usize % BLOCK_BYTES == 0 && len > 0 && len as usize <= frame::MAX_BYTES
             }
         };
-        if ok { Ok(self) } else { Err(Error::Request(format!("chunking '{self}' is out of range"))) }
+        if ok {
+            Ok(self)
+        } else {
+            Err(Error::Request(format!("chunking '{self}' is out of range")))
+        }
     }
 
     /// The longest chunk, in bytes.
@@ -92,7 +101,8 @@ impl FromStr for Chunking {
             None if text == "cdc" => Ok(Self::default()),
             Some(("cdc", average)) => {
                 let average = kib(average)?;
-                Self::FastCdc { min: average / 4, average, max: average.saturating_mul(4) }.validate()
+                Self::FastCdc { min: average / 4, average, max: average.saturating_mul(4) }
+                    .validate()
             }
             Some(("fixed", len)) => Self::Fixed { len: kib(len)? }.validate(),
             _ => Err(unknown()),
@@ -157,14 +167,14 @@ mod tests {
 
     #[test]
     fn golden_cut_points() {
-        assert_eq!(cuts(Chunking::default(), &sample(400_000)), GOLDEN);
+        assert_eq!(cuts(Chunking::default(), &sample(200_000)), GOLDEN);
     }
 
     #[test]
     fn cuts_as_the_crate_iterates() {
         let data = sample(3_000_000);
         let crate_cuts: Vec<usize> =
-            fastcdc::v2020::FastCDC::with_level(&data, 8192, 32768, 131_072, Normalization::Level2)
+            fastcdc::v2020::FastCDC::with_level(&data, 4096, 16384, 65536, Normalization::Level2)
                 .map(|chunk| chunk.length)
                 .collect();
         assert_eq!(cuts(Chunking::default(), &data), crate_cuts);
@@ -173,9 +183,11 @@ mod tests {
     #[test]
     fn names_of_profiles() {
         assert_eq!("cdc".parse::<Chunking>().unwrap(), Chunking::default());
-        assert_eq!("cdc-32k".parse::<Chunking>().unwrap(), Chunking::default());
+        assert_eq!("cdc-16k".parse::<Chunking>().unwrap(), Chunking::default());
         assert_eq!("fixed-16k".parse::<Chunking>().unwrap(), Chunking::Fixed { len: 16384 });
-        for bad in ["", "cdc-", "cdc-33k", "fixed-0", "fixed-3k", "fixed-2048k", "rabin", "cdc-9999999k"] {
+        for bad in
+            ["", "cdc-", "cdc-33k", "fixed-0", "fixed-3k", "fixed-2048k", "rabin", "cdc-9999999k"]
+        {
             assert!(bad.parse::<Chunking>().is_err(), "{bad}");
         }
     }

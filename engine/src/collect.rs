@@ -183,7 +183,11 @@ struct View {
 
 impl View {
     /// None when a root was purged while it was walked: start over.
-    async fn read(repo: &Repository, options: &CollectOptions, ctx: &Context) -> Result<Option<Self>> {
+    async fn read(
+        repo: &Repository,
+        options: &CollectOptions,
+        ctx: &Context,
+    ) -> Result<Option<Self>> {
         // 2: marks and ends.
         let marks = repo.marks().await?;
         let ended: HashSet<SnapshotId> = list_all(repo.store(), key::ENDS)
@@ -207,7 +211,8 @@ impl View {
         let committed: HashSet<SnapshotId> = records.iter().map(|record| record.id).collect();
         let aborted = decided.difference(&committed).copied().collect();
         // 5: roots.
-        let purged = |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark == MarkKind::Purge);
+        let purged =
+            |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark == MarkKind::Purge);
         let held: HashSet<SnapshotId> = pinned
             .iter()
             .filter(|(owner, _)| !ended.contains(owner) && !decided.contains(owner))
@@ -230,7 +235,9 @@ impl View {
                 Ok(()) => {}
                 // 8: a purged root may lose its packs to another collector at any time.
                 Err(error) if error.is_damage() && is_purged => {}
-                Err(error) if error.is_damage() && repo.is_purged(record.id).await? => return Ok(None),
+                Err(error) if error.is_damage() && repo.is_purged(record.id).await? => {
+                    return Ok(None);
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -265,7 +272,9 @@ async fn walk(
         let fresh: Vec<_> = fresh.collect();
         for batch in fresh.chunks(tree::BATCH_SEGMENTS) {
             ctx.check()?;
-            for (_, leaf) in tree::leaves(repo.store(), volume.len_bytes, batch.to_vec(), ctx).await? {
+            for (_, leaf) in
+                tree::leaves(repo.store(), volume.len_bytes, batch.to_vec(), ctx).await?
+            {
                 live.extend(leaf?.iter().flat_map(|leaf| &leaf.frames).map(|frame| frame.pack));
             }
         }

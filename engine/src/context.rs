@@ -37,7 +37,10 @@ impl Host for SystemHost {
     }
 
     #[expect(clippy::disallowed_methods, reason = "this is the host")]
-    #[expect(clippy::expect_used, reason = "getrandom(2) can't fail on a supported kernel, and ids must not repeat")]
+    #[expect(
+        clippy::expect_used,
+        reason = "getrandom(2) can't fail on a supported kernel, and ids must not repeat"
+    )]
     fn random(&self) -> u128 {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes).expect("the kernel has random numbers");

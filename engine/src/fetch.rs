@@ -97,7 +97,8 @@ impl Fetched {
 
     /// The bytes of one span.
     pub fn span<T>(&self, span: &Span<T>) -> Result<&[u8]> {
-        let at = u64::from(span.offset).checked_sub(self.start).and_then(|at| usize::try_from(at).ok());
+        let at =
+            u64::from(span.offset).checked_sub(self.start).and_then(|at| usize::try_from(at).ok());
         let bytes = at.and_then(|at| self.bytes.get(at..at.checked_add(span.len as usize)?));
         bytes.ok_or_else(|| Error::Damaged {
             object: self.key.to_string(),

@@ -52,8 +52,11 @@ struct Listed {
 impl Repository {
     /// Makes a repository in an empty place.
     pub async fn init(store: Arc<dyn Store>, chunking: Chunking, ctx: &Context) -> Result<Self> {
-        let config =
-            Config { id: ctx.host.new_id(), created: timestamp(ctx), chunking: chunking.validate()? };
+        let config = Config {
+            id: ctx.host.new_id(),
+            created: timestamp(ctx),
+            chunking: chunking.validate()?,
+        };
         let not_empty = |found| Error::NotEmpty { location: store.location(), found };
         match store.list("", None).await {
             Ok(page) if page.entries.iter().any(|entry| entry.key == Key::config().as_str()) => {
@@ -134,7 +137,9 @@ impl Repository {
             Item::Run { experiment, run } => {
                 (key::run_prefix(experiment, run), Some(experiment), Some(run))
             }
-            Item::Snapshot { snapshot, .. } => return Ok(vec![Box::pin(self.find(snapshot)).await?]),
+            Item::Snapshot { snapshot, .. } => {
+                return Ok(vec![Box::pin(self.find(snapshot)).await?]);
+            }
         };
         let listed = self.listed(&prefix).await?;
         let records = self.records(listed.iter().map(|entry| entry.session)).await?;
@@ -198,7 +203,8 @@ impl Repository {
         }
         let scope = Item::Run { experiment: experiment.clone(), run: run.clone() };
         let records = self.snapshots(&scope).await?;
-        if let Some(named) = records.iter().rev().find(|record| record.name.as_ref() == Some(text)) {
+        if let Some(named) = records.iter().rev().find(|record| record.name.as_ref() == Some(text))
+        {
             return Ok(named.clone());
         }
         let within = format!("{experiment}/{run}");
@@ -212,7 +218,8 @@ impl Repository {
                 matches: fitting.iter().map(|record| record.id).chain([last.id]).collect(),
             }),
             (None, _) => {
-                let name = |r: &SnapshotRecord| r.name.as_ref().map_or(r.id.to_string(), Name::to_string);
+                let name =
+                    |r: &SnapshotRecord| r.name.as_ref().map_or(r.id.to_string(), Name::to_string);
                 let known = records.iter().rev().map(name).collect();
                 Err(Error::Unknown { what: "snapshot", name: text.to_string(), within, known })
             }
@@ -272,7 +279,8 @@ impl Repository {
 
     async fn last_mark(&self, id: SnapshotId) -> Result<Option<u32>> {
         let entries = list_all(&*self.store, &format!("{}{id}/", key::MARKS)).await?;
-        let numbers = entries.iter().filter_map(|entry| key::parse_numbered(&entry.key, key::MARKS));
+        let numbers =
+            entries.iter().filter_map(|entry| key::parse_numbered(&entry.key, key::MARKS));
         Ok(numbers.map(|mark| mark.number).max())
     }
 
@@ -344,7 +352,8 @@ impl Repository {
             .filter_map(|entry| key::parse_id(&entry.key, key::SNAPS))
             .collect();
         let marks = self.marks().await?;
-        let gone = |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark != MarkKind::Undelete);
+        let gone =
+            |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark != MarkKind::Undelete);
         listed.retain(|entry| decided.contains(&entry.session) && !gone(&entry.session));
         Ok(listed)
     }

@@ -219,8 +219,17 @@ impl<'a> Restore<'a> {
         let segments = tree::segments(repo.store(), volume, ctx).await?;
         ctx.progress.event(Event::Planned { bytes: volume.data_bytes });
         let report = RestoreReport { len_bytes: volume.len_bytes, ..RestoreReport::default() };
-        let mut work =
-            Self { repo, volume, sink, keep_going, ctx, pool, segments: segments.leaves, report, started_ms };
+        let mut work = Self {
+            repo,
+            volume,
+            sink,
+            keep_going,
+            ctx,
+            pool,
+            segments: segments.leaves,
+            report,
+            started_ms,
+        };
         for unreadable in segments.unreadable {
             work.damage(unreadable.error, vec![unreadable.range])?;
         }
@@ -232,7 +241,10 @@ impl<'a> Restore<'a> {
         numbered.chunks(tree::BATCH_SEGMENTS).map(<[_]>::to_vec).collect()
     }
 
-    pub(crate) async fn leaves(&self, batch: Vec<(usize, Child)>) -> Result<Vec<(usize, SegmentLeaf)>> {
+    pub(crate) async fn leaves(
+        &self,
+        batch: Vec<(usize, Child)>,
+    ) -> Result<Vec<(usize, SegmentLeaf)>> {
         tree::leaves(self.repo.store(), self.volume.len_bytes, batch, self.ctx).await
     }
 
@@ -269,7 +281,8 @@ impl<'a> Restore<'a> {
         let len_bytes = self.volume.len_bytes;
         let jobs = leaves.into_iter().map(|(number, leaf)| {
             let target = target.clone();
-            let unreadable = matches!(self.segments.get(number), Some(Child::Zero)) && self.is_lost(number);
+            let unreadable =
+                matches!(self.segments.get(number), Some(Child::Zero)) && self.is_lost(number);
             on_pool(&self.pool, self.ctx, move || {
                 let Ok(leaf) = leaf else { return Ok((number, leaf)) };
                 if unreadable {
@@ -316,11 +329,14 @@ impl<'a> Restore<'a> {
                 match request.fetch(&*store, &ctx).await {
                     Ok(fetched) => {
                         let progress = ctx.clone();
-                        on_pool(&pool, &ctx, move || write_request(&request, &fetched, &*sink, &progress))
-                            .await
+                        on_pool(&pool, &ctx, move || {
+                            write_request(&request, &fetched, &*sink, &progress)
+                        })
+                        .await
                     }
                     Err(error) if error.is_damage() => {
-                        let ranges = request.spans.iter().flat_map(|span| ranges(&span.tag)).collect();
+                        let ranges =
+                            request.spans.iter().flat_map(|span| ranges(&span.tag)).collect();
                         Ok(Outcome { damaged: vec![(error, ranges)], ..Outcome::default() })
                     }
                     Err(error) => Err(error),

@@ -139,7 +139,11 @@ impl Scanner {
     }
 
     /// Ends the run of data, if there is one.
-    fn close(&mut self, run: &mut Run, sink: &mut dyn FnMut(Piece<'_>) -> Result<()>) -> Result<()> {
+    fn close(
+        &mut self,
+        run: &mut Run,
+        sink: &mut dyn FnMut(Piece<'_>) -> Result<()>,
+    ) -> Result<()> {
         if run.open {
             self.cut(run, true, sink)?;
             run.open = false;

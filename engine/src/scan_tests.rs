@@ -19,7 +19,8 @@ impl Source for Bytes {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let at = offset as usize;
-        let data = self.bytes.get(at..at + buf.len()).ok_or(Error::Internal("read past the end"))?;
+        let data =
+            self.bytes.get(at..at + buf.len()).ok_or(Error::Internal("read past the end"))?;
         buf.copy_from_slice(data);
         Ok(())
     }
@@ -106,7 +107,10 @@ fn any_source() -> impl Strategy<Value = Bytes> {
                 }
             } else {
                 let mut data = vec![7; len];
-                blake3::Hasher::new().update(&[blocks as u8]).finalize_xof().fill(&mut data[len / 3..]);
+                blake3::Hasher::new()
+                    .update(&[blocks as u8])
+                    .finalize_xof()
+                    .fill(&mut data[len / 3..]);
                 bytes.extend_from_slice(&data);
             }
         }

@@ -31,8 +31,7 @@ impl Session {
         ctx: &Context,
     ) -> Result<(Self, Vec<SnapshotId>)> {
         let id = ctx.host.new_id();
-        let mut session =
-            Self { repo: repo.clone(), id, ctx: ctx.clone(), pinned: false, puts: 0 };
+        let mut session = Self { repo: repo.clone(), id, ctx: ctx.clone(), pinned: false, puts: 0 };
         if witnesses.is_empty() {
             return Ok((session, vec![]));
         }

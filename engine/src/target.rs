@@ -38,13 +38,16 @@ impl FileTarget {
         let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
         let partial = PathBuf::from(partial);
-        let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&partial);
+        let open =
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&partial);
         let file = open.map_err(Error::io("create", &partial))?;
         // What an interrupted restore left is overwritten; one that still runs is not.
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(refuse(path, "another restore is writing it"));
         }
-        file.set_len(0).and_then(|()| file.set_len(len_bytes)).map_err(Error::io("resize", &partial))?;
+        file.set_len(0)
+            .and_then(|()| file.set_len(len_bytes))
+            .map_err(Error::io("resize", &partial))?;
         let final_path = Some(path.to_owned());
         Ok(Self { file, path: partial, final_path, finished: false, holds_data: false })
     }
@@ -82,7 +85,13 @@ impl FileTarget {
             }
             file.set_len(len_bytes).map_err(Error::io("resize", path))?;
         }
-        Ok(Self { file, path: path.to_owned(), final_path: None, finished: false, holds_data: true })
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            final_path: None,
+            finished: false,
+            holds_data: true,
+        })
     }
 
     /// True when the target may hold other data than zeros.

@@ -146,9 +146,12 @@ pub async fn leaves(
 ) -> Result<Vec<(usize, SegmentLeaf)>> {
     let spans = children.iter().enumerate().filter_map(|(position, (_, child))| match child {
         Child::Zero => None,
-        Child::Block(block) => {
-            Some(Span { pack: block.pack, offset: block.offset, len: block.len, tag: (position, *block) })
-        }
+        Child::Block(block) => Some(Span {
+            pack: block.pack,
+            offset: block.offset,
+            len: block.len,
+            tag: (position, *block),
+        }),
     });
     let requests = coalesce(spans.collect());
     let fetched: Vec<_> = stream::iter(requests)

@@ -17,7 +17,8 @@ use crate::name::Name;
 
 const TEMPLATE: &str = "{experiment}";
 /// What is encoded in the path of a repository, where `{` and `}` mark the template.
-const IN_PATH: &AsciiSet = &CONTROLS.add(b' ').add(b'#').add(b'?').add(b'%').add(b'"').add(b'<').add(b'>');
+const IN_PATH: &AsciiSet =
+    &CONTROLS.add(b' ').add(b'#').add(b'?').add(b'%').add(b'"').add(b'<').add(b'>');
 const IN_QUERY: &AsciiSet = &IN_PATH.add(b'&').add(b'+').add(b'=');
 
 /// Where a repository is.
@@ -121,7 +122,8 @@ impl RepositoryUrl {
             }
             Self::S3(s3) => {
                 let name = experiment.as_str();
-                let fits = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+                let fits =
+                    name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
                 if s3.bucket.contains(TEMPLATE) && !fits {
                     return Err(Error::Name {
                         what: "experiment",
@@ -145,7 +147,9 @@ impl PetraUrl {
         match &self.item {
             Item::Experiment(experiment)
             | Item::Run { experiment, .. }
-            | Item::Snapshot { snapshot: SnapshotRef::InRun { experiment, .. }, .. } => Some(experiment),
+            | Item::Snapshot { snapshot: SnapshotRef::InRun { experiment, .. }, .. } => {
+                Some(experiment)
+            }
             _ => None,
         }
     }
@@ -244,7 +248,9 @@ impl S3Location {
                 _ => {
                     return Err(bad(
                         url,
-                        format!("unknown option '{key}' (known: endpoint, region, path-style, profile)"),
+                        format!(
+                            "unknown option '{key}' (known: endpoint, region, path-style, profile)"
+                        ),
                     ));
                 }
             }
@@ -266,7 +272,8 @@ fn parse_item(url: &str, fragment: &str) -> Result<Item> {
     let fragment = fragment.strip_suffix('/').unwrap_or(fragment);
     let parts: Vec<&str> = if fragment.is_empty() { vec![] } else { fragment.split('/').collect() };
     if let Some(id) = parts.first().and_then(|part| part.strip_prefix('@')) {
-        let id = id.parse().map_err(|_| bad(url, format!("'{id}' after '#@' is not a snapshot id")))?;
+        let id =
+            id.parse().map_err(|_| bad(url, format!("'{id}' after '#@' is not a snapshot id")))?;
         let volume = match parts.as_slice() {
             [_] => None,
             [_, volume] => Some(Name::decode("volume", volume)?),
@@ -285,7 +292,10 @@ fn parse_item(url: &str, fragment: &str) -> Result<Item> {
             let selector = match snapshot.strip_prefix('@') {
                 Some("latest") => Selector::Latest,
                 Some(other) => {
-                    return Err(bad(url, format!("'@{other}' is not known; did you mean '@latest'?")));
+                    return Err(bad(
+                        url,
+                        format!("'@{other}' is not known; did you mean '@latest'?"),
+                    ));
                 }
                 None => Selector::Text(name("snapshot", snapshot)?),
             };
@@ -337,7 +347,9 @@ impl fmt::Display for PetraUrl {
         match &self.item {
             Item::Repository => Ok(()),
             Item::Experiment(experiment) => write!(f, "#{}", experiment.encoded()),
-            Item::Run { experiment, run } => write!(f, "#{}/{}", experiment.encoded(), run.encoded()),
+            Item::Run { experiment, run } => {
+                write!(f, "#{}/{}", experiment.encoded(), run.encoded())
+            }
             Item::Snapshot { snapshot, volume } => {
                 match snapshot {
                     SnapshotRef::Id(id) => write!(f, "#@{id}")?,
@@ -373,7 +385,8 @@ mod tests {
         let RepositoryUrl::S3(s3) = &url.repository else { panic!("{url:?}") };
         assert_eq!((s3.bucket.as_str(), s3.prefix.as_str()), ("ml-snapshots", "team-a"));
         assert_eq!(s3.endpoint.as_deref(), Some("http://127.0.0.1:9000"));
-        let Item::Snapshot { snapshot: SnapshotRef::InRun { experiment, run, selector }, volume } = url.item
+        let Item::Snapshot { snapshot: SnapshotRef::InRun { experiment, run, selector }, volume } =
+            url.item
         else {
             panic!()
         };
@@ -389,7 +402,10 @@ mod tests {
         assert!(parse("s3://ml-{experiment}").resolved_repository().is_err());
         assert!(parse("s3://ml-{experiment}#Iris%20flowers/r").resolved_repository().is_err());
         let url = parse("file:///repos/{experiment}#Iris%20flowers/r");
-        assert_eq!(url.resolved_repository().unwrap().to_string(), "file:///repos/Iris%2520flowers");
+        assert_eq!(
+            url.resolved_repository().unwrap().to_string(),
+            "file:///repos/Iris%2520flowers"
+        );
     }
 
     #[test]

@@ -111,7 +111,9 @@ fn rows(records: &[SnapshotRecord]) -> (Vec<UsageRow>, Vec<Place>) {
             let run_at = rows.len();
             rows.push(row(experiment, Some(run.clone()), None, None, 0));
             for n in snapshots {
-                let (Some(record), Some(place)) = (records.get(n), places.get_mut(n)) else { continue };
+                let (Some(record), Some(place)) = (records.get(n), places.get_mut(n)) else {
+                    continue;
+                };
                 let bytes = record.volumes.iter().map(|volume| volume.data_bytes).sum();
                 *place = Place {
                     snapshot: rows.len() as u32,
@@ -157,7 +159,9 @@ async fn pieces(
             .collect();
         for batch in fresh.chunks(tree::BATCH_SEGMENTS) {
             ctx.check()?;
-            for (_, leaf) in tree::leaves(repo.store(), volume.len_bytes, batch.to_vec(), ctx).await? {
+            for (_, leaf) in
+                tree::leaves(repo.store(), volume.len_bytes, batch.to_vec(), ctx).await?
+            {
                 let Some(leaf) = leaf? else { continue };
                 pieces.extend(leaf.frames.iter().map(|f| ((f.pack, f.offset), f.stored_len)));
             }
@@ -179,7 +183,9 @@ fn own(owners: &mut HashMap<Piece, Owners>, (piece, len): (Piece, u32), place: P
 fn in_scope(row: &UsageRow, scope: &Item) -> bool {
     match scope {
         Item::Experiment(experiment) => row.experiment == *experiment,
-        Item::Run { experiment, run } => row.experiment == *experiment && row.run.as_ref() == Some(run),
+        Item::Run { experiment, run } => {
+            row.experiment == *experiment && row.run.as_ref() == Some(run)
+        }
         Item::Repository | Item::Snapshot { .. } => true,
     }
 }

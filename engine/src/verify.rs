@@ -161,12 +161,16 @@ impl Check<'_> {
                 self.note_damage(volume, &keys, damage);
             }
             self.sound.extend(
-                checked.iter().filter_map(|n| keys.get(n)).filter(|key| !self.broken.contains_key(*key)),
+                checked
+                    .iter()
+                    .filter_map(|n| keys.get(n))
+                    .filter(|key| !self.broken.contains_key(*key)),
             );
             for (segment, key) in keys {
                 let start = tree::segment_range(volume.len_bytes, segment).start;
                 for (object, detail, ranges) in self.broken.get(&key).cloned().unwrap_or_default() {
-                    let ranges = ranges.into_iter().map(|r| start + r.start..start + r.end).collect();
+                    let ranges =
+                        ranges.into_iter().map(|r| start + r.start..start + r.end).collect();
                     self.problem(record, volume, object, detail, ranges);
                 }
             }
@@ -208,7 +212,9 @@ impl Check<'_> {
         }
         let mut missing = Vec::new();
         for (at, chunk) in leaf.chunks() {
-            if let (Some(why), Some(frame)) = (bad.get(&chunk.frame), leaf.frames.get(chunk.frame as usize)) {
+            if let (Some(why), Some(frame)) =
+                (bad.get(&chunk.frame), leaf.frames.get(chunk.frame as usize))
+            {
                 let object = Key::pack(frame.pack).to_string();
                 missing.push((object, why.clone(), at..at + u64::from(chunk.len)));
             }

@@ -28,12 +28,16 @@ pub fn seal<T: Serialize>(kind: &str, value: &T) -> Result<Bytes, serde_json::Er
 /// Checks and unwraps a value of this kind.
 pub fn unseal<T: DeserializeOwned>(kind: &str, object: &[u8]) -> Result<T, FormatError> {
     let json = check(kind, object)?;
-    serde_json::from_slice(json).map_err(|error| FormatError::invalid(format!("not a {kind}: {error}")))
+    serde_json::from_slice(json)
+        .map_err(|error| FormatError::invalid(format!("not a {kind}: {error}")))
 }
 
 fn check<'a>(kind: &str, object: &'a [u8]) -> Result<&'a [u8], FormatError> {
     if object.len() > MAX_BYTES {
-        return Err(FormatError::invalid(format!("{} bytes are too many for a {kind}", object.len())));
+        return Err(FormatError::invalid(format!(
+            "{} bytes are too many for a {kind}",
+            object.len()
+        )));
     }
     let header_ends = object.iter().take(256).position(|byte| *byte == b'\n');
     let (header, rest) = header_ends

@@ -1,20 +1,34 @@
 //! Frames: consecutive new chunks compressed together.
 //!
-//! Small chunks find more duplicates but compress badly one by one; a frame gives zstd up to 256 KiB of context
-//! while a lazy read still fetches little more than it asked for.
+//! Small chunks find more duplicates but compress badly one by one; a frame gives zstd some hundred KiB of
+//! context, while a lazy read still fetches little more than it asked for.
+//!
+//! | bytes | field |
+//! |---|---|
+//! | 1 | codec: 0 as it is, 1 zstd, 2, 4 or 8 zstd after splitting into that many planes |
+//! | ... | the chunks, encoded |
+//!
+//! Arrays of numbers (checkpoints, pickles, columns) hardly compress as they are, since the few bits that repeat are
+//! spread among random ones. Splitting every 2, 4 or 8 bytes into planes brings equal bytes together, as the
+//! shuffle filters of HDF5 and Blosc do.
 
 use std::cell::RefCell;
 
 use zstd::bulk::{Compressor, Decompressor};
+use zstd::zstd_safe::{CParameter, Strategy};
 
 use super::FormatError;
 use crate::id::PackId;
 
 /// A frame holds chunks until one more would exceed this many bytes.
-pub const TARGET_BYTES: usize = 256 << 10;
+pub const TARGET_BYTES: usize = 1 << 20;
 
 /// The largest frame, raw: one chunk of the largest size that any profile allows.
 pub const MAX_BYTES: usize = 1 << 20;
+
+const RAW: u8 = 0;
+const ZSTD: u8 = 1;
+const STRIDES: [usize; 3] = [2, 4, 8];
 
 /// Where a frame is and how long it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -23,7 +37,7 @@ pub struct FrameLocation {
     pub pack: PackId,
     /// First byte within the pack.
     pub offset: u32,
-    /// Bytes in the pack. Equal to `raw_len` when the frame is stored as it is, smaller when it is compressed.
+    /// Bytes in the pack: at most one more than `raw_len`.
     pub stored_len: u32,
     /// Bytes of its chunks.
     pub raw_len: u32,
@@ -31,66 +45,207 @@ pub struct FrameLocation {
 
 thread_local! {
     // A zstd context is some hundred KiB to set up, so each worker thread keeps its own.
-    static DECOMPRESSOR: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+    static DECODER: RefCell<Option<(Decompressor<'static>, Vec<u8>)>> = const { RefCell::new(None) };
 }
 
-/// Compresses frames at one level.
+/// Compresses frames.
 pub struct FrameEncoder {
     compressor: Compressor<'static>,
+    planes: Vec<u8>,
+    second: Vec<u8>,
 }
 
 impl FrameEncoder {
     /// An encoder for one worker.
-    pub fn new(level: i32) -> std::io::Result<Self> {
-        let mut compressor = Compressor::new(level)?;
-        // The length and a checksum are in the leaf already.
-        compressor.include_contentsize(false)?;
-        compressor.include_checksum(false)?;
-        Ok(Self { compressor })
+    pub fn new() -> std::io::Result<Self> {
+        let mut compressor = Compressor::new(1)?;
+        // The time of level 1 and nearly the size of level 3, on frames of this size: the short table of the
+        // double-fast search stays in the processor's first cache (docs/format.md has the table).
+        for parameter in [
+            CParameter::WindowLog(20),
+            CParameter::Strategy(Strategy::ZSTD_dfast),
+            CParameter::HashLog(16),
+            CParameter::ChainLog(14),
+            CParameter::MinMatch(5),
+            // The leaf has the length, and the chunks' ids are a better checksum.
+            CParameter::ContentSizeFlag(false),
+            CParameter::ChecksumFlag(false),
+        ] {
+            compressor.set_parameter(parameter)?;
+        }
+        Ok(Self { compressor, planes: Vec::new(), second: Vec::new() })
     }
 
-    /// Puts the stored form of `raw` into `out`: compressed if that saves at least a thirty-second, else as it is.
+    /// Puts the stored form of `raw` into `out`: the smallest of those that are worth trying.
     pub fn encode(&mut self, raw: &[u8], out: &mut Vec<u8>) {
-        out.clear();
-        // zstd gives up with an error as soon as the output can't fit, so incompressible data costs little.
+        // Less than a thirty-second saved is not worth the time of every later read.
         let limit = raw.len() - raw.len() / 32;
-        out.resize(limit, 0);
-        match self.compressor.compress_to_buffer(raw, out.as_mut_slice()) {
-            Ok(len) if len < limit => out.truncate(len),
-            _ => {
-                out.clear();
-                out.extend_from_slice(raw);
+        let mut done = compress(&mut self.compressor, ZSTD, raw, limit, out);
+        if out.len() > raw.len() / 5 * 4 || !done {
+            if let Some(stride) = plane_stride(raw) {
+                split(raw, stride, &mut self.planes);
+                let limit = if done { out.len() - 1 } else { limit };
+                let codec = stride as u8;
+                if compress(&mut self.compressor, codec, &self.planes, limit, &mut self.second) {
+                    std::mem::swap(out, &mut self.second);
+                    done = true;
+                }
             }
         }
+        if !done {
+            out.clear();
+            out.push(RAW);
+            out.extend_from_slice(raw);
+        }
+    }
+}
+
+/// Compresses into `out` after a codec byte; false if that takes more than `limit` bytes.
+fn compress(
+    compressor: &mut Compressor<'static>,
+    codec: u8,
+    data: &[u8],
+    limit: usize,
+    out: &mut Vec<u8>,
+) -> bool {
+    out.clear();
+    out.resize(1 + limit, codec);
+    // zstd gives up as soon as the output can't fit, so incompressible data costs little.
+    let written = out.get_mut(1..).map(|place| compressor.compress_to_buffer(data, place));
+    match written {
+        Some(Ok(len)) => {
+            out.truncate(1 + len);
+            true
+        }
+        _ => false,
     }
 }
 
 /// Decodes a stored frame into `out`. Its chunks are still to be verified.
 pub fn decode(stored: &[u8], raw_len: u32, out: &mut Vec<u8>) -> Result<(), FormatError> {
     let raw_len = raw_len as usize;
-    out.clear();
-    if stored.len() == raw_len {
-        out.extend_from_slice(stored);
-        return Ok(());
-    }
     if raw_len > MAX_BYTES {
         return Err(FormatError::invalid(format!("a frame of {raw_len} bytes")));
     }
-    out.resize(raw_len, 0);
-    let len = DECOMPRESSOR
-        .with(|slot| {
-            let mut slot = slot.borrow_mut();
-            let decompressor = match slot.take() {
-                Some(decompressor) => decompressor,
-                None => Decompressor::new()?,
-            };
-            slot.insert(decompressor).decompress_to_buffer(stored, out.as_mut_slice())
-        })
-        .map_err(|error| FormatError::invalid(format!("zstd: {error}")))?;
+    let Some((codec, data)) = stored.split_first() else {
+        return Err(FormatError::invalid("an empty frame"));
+    };
+    let len = match (*codec, usize::from(*codec)) {
+        (RAW, _) => {
+            out.clear();
+            out.extend_from_slice(data);
+            data.len()
+        }
+        (ZSTD, _) => decompress(data, raw_len, out, None)?,
+        (_, stride) if STRIDES.contains(&stride) => decompress(data, raw_len, out, Some(stride))?,
+        (codec, _) => {
+            return Err(FormatError::invalid(format!("a frame of unknown codec {codec}")));
+        }
+    };
     if len != raw_len {
-        return Err(FormatError::invalid(format!("{raw_len} bytes expected in a frame, {len} found")));
+        return Err(FormatError::invalid(format!(
+            "{raw_len} bytes expected in a frame, {len} found"
+        )));
     }
     Ok(())
+}
+
+fn decompress(
+    data: &[u8],
+    raw_len: usize,
+    out: &mut Vec<u8>,
+    stride: Option<usize>,
+) -> Result<usize, FormatError> {
+    let bad = |error: std::io::Error| FormatError::invalid(format!("zstd: {error}"));
+    DECODER.with(|slot| {
+        let mut slot = slot.borrow_mut();
+        let (decompressor, planes) = match &mut *slot {
+            Some(decoder) => decoder,
+            empty => empty.insert((Decompressor::new().map_err(bad)?, Vec::new())),
+        };
+        let mut into = |place: &mut Vec<u8>| {
+            place.clear();
+            place.resize(raw_len, 0);
+            decompressor.decompress_to_buffer(data, place.as_mut_slice()).map_err(bad)
+        };
+        let Some(stride) = stride else { return into(out) };
+        let len = into(planes)?;
+        join(planes, stride, out);
+        Ok(len)
+    })
+}
+
+/// Splits elements of `stride` bytes into planes: all first bytes, then all second bytes, and so on. Bytes after
+/// the last whole element stay at the end.
+fn split(raw: &[u8], stride: usize, planes: &mut Vec<u8>) {
+    planes.clear();
+    planes.resize(raw.len(), 0);
+    let count = raw.len() / stride;
+    let (elements, rest) = raw.split_at(count * stride);
+    let (body, tail) = planes.split_at_mut(count * stride);
+    for (n, plane) in body.chunks_exact_mut(count.max(1)).enumerate() {
+        let bytes = elements.iter().skip(n).step_by(stride);
+        plane.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    }
+    tail.copy_from_slice(rest);
+}
+
+/// The inverse of [`split`].
+fn join(planes: &[u8], stride: usize, raw: &mut Vec<u8>) {
+    raw.clear();
+    raw.resize(planes.len(), 0);
+    let count = planes.len() / stride;
+    let (body, tail) = planes.split_at(count * stride);
+    let (elements, rest) = raw.split_at_mut(count * stride);
+    for (n, plane) in body.chunks_exact(count.max(1)).enumerate() {
+        let bytes = elements.iter_mut().skip(n).step_by(stride);
+        bytes.zip(plane).for_each(|(to, from)| *to = *from);
+    }
+    rest.copy_from_slice(tail);
+}
+
+/// Bytes of a frame that are looked at to choose planes.
+const SAMPLE_BYTES: usize = 16 << 10;
+/// Bits for each byte that planes must promise to save.
+const WORTH_BITS: f32 = 0.2;
+
+/// How many planes to split into, if that promises to save something: compares the entropy of the bytes with the mean
+/// entropy of the planes, on a sample from the middle.
+fn plane_stride(raw: &[u8]) -> Option<usize> {
+    let start = raw.len().saturating_sub(SAMPLE_BYTES) / 2 / 8 * 8;
+    let sample = raw.get(start..)?.get(..SAMPLE_BYTES)?;
+    let whole = entropy(sample.iter());
+    let mut best = None;
+    let mut least = whole - WORTH_BITS;
+    for stride in STRIDES {
+        // Few bytes in a plane look more orderly than they are (Miller and Madow's correction).
+        let bias =
+            255.0 * (stride as f32 - 1.0) / (2.0 * SAMPLE_BYTES as f32 * std::f32::consts::LN_2);
+        let planes = (0..stride).map(|n| entropy(sample.iter().skip(n).step_by(stride)));
+        let mean = planes.sum::<f32>() / stride as f32 + bias;
+        if mean < least {
+            (best, least) = (Some(stride), mean);
+        }
+    }
+    best
+}
+
+/// Shannon's entropy of single bytes, in bits for each.
+fn entropy<'a>(bytes: impl Iterator<Item = &'a u8>) -> f32 {
+    let mut counts = [0_u32; 256];
+    let mut total = 0_u32;
+    for byte in bytes {
+        if let Some(count) = counts.get_mut(usize::from(*byte)) {
+            *count += 1;
+        }
+        total += 1;
+    }
+    let total = total.max(1) as f32;
+    let bits = |count: &u32| {
+        let share = *count as f32 / total;
+        if *count == 0 { 0.0 } else { -share * share.log2() }
+    };
+    counts.iter().map(bits).sum()
 }
 
 #[cfg(test)]
@@ -99,20 +254,38 @@ mod tests {
 
     use super::*;
 
-    fn round_trip(raw: &[u8]) -> usize {
+    fn round_trip(raw: &[u8]) -> (u8, usize) {
         let (mut stored, mut back) = (Vec::new(), Vec::new());
-        FrameEncoder::new(1).unwrap().encode(raw, &mut stored);
+        FrameEncoder::new().unwrap().encode(raw, &mut stored);
         decode(&stored, raw.len() as u32, &mut back).unwrap();
-        assert_eq!(back, raw);
-        stored.len()
+        assert!(back == raw);
+        assert!(stored.len() <= raw.len() + 1);
+        (stored[0], stored.len())
+    }
+
+    fn random(len: usize) -> Vec<u8> {
+        let mut random = vec![0; len];
+        blake3::Hasher::new().finalize_xof().fill(&mut random);
+        random
     }
 
     #[test]
     fn stores_what_does_not_shrink_as_it_is() {
-        let mut random = vec![0; 100_000];
-        blake3::Hasher::new().finalize_xof().fill(&mut random);
-        assert_eq!(round_trip(&random), random.len());
-        assert!(round_trip(&b"petra ".repeat(10_000)) < 1_000);
+        assert_eq!(round_trip(&random(100_000)), (RAW, 100_001));
+        let (codec, len) = round_trip(&b"petra ".repeat(10_000));
+        assert!(codec == ZSTD && len < 1_000);
+    }
+
+    #[test]
+    fn splits_numbers_into_planes() {
+        // The upper half of each number repeats, the lower half is random.
+        let numbers: Vec<u8> = random(100_001)
+            .chunks(2)
+            .flat_map(|low| [low[0], low[low.len() - 1], 0x3c, 0xbd ^ low[0] >> 7])
+            .collect();
+        let (codec, len) = round_trip(&numbers);
+        assert_eq!(codec, 4);
+        assert!(len < numbers.len() * 6 / 10, "{len} of {}", numbers.len());
     }
 
     proptest! {
@@ -123,8 +296,16 @@ mod tests {
         }
 
         #[test]
-        fn foreign_bytes_never_panic(stored: Vec<u8>, raw_len in 0_u32..10_000) {
-            let _ = decode(&stored, raw_len, &mut Vec::new());
+        fn planes_join_again(raw: Vec<u8>, stride in prop::sample::select(STRIDES.to_vec())) {
+            let (mut planes, mut back) = (Vec::new(), Vec::new());
+            split(&raw, stride, &mut planes);
+            join(&planes, stride, &mut back);
+            prop_assert_eq!(back, raw);
+        }
+
+        #[test]
+        fn foreign_bytes_never_panic(stored: Vec<u8>, codec in 0_u8..10, raw_len in 0_u32..10_000) {
+            let _ = decode(&[&[codec], stored.as_slice()].concat(), raw_len, &mut Vec::new());
         }
     }
 }

@@ -170,7 +170,9 @@ impl Leaf {
             let tag = reader.bounded("an extent", (SEGMENT_BYTES << 2) | 3)?;
             let (len, kind) = ((tag >> 2) as u32, tag & 3);
             if len == 0 || (kind == 0 && previous_is_zero) {
-                return Err(FormatError::invalid("an extent is empty or not joined with the one before"));
+                return Err(FormatError::invalid(
+                    "an extent is empty or not joined with the one before",
+                ));
             }
             previous_is_zero = kind == 0;
             extents.push(match kind {
@@ -212,7 +214,9 @@ fn read_frames(reader: &mut Reader<'_>) -> Result<Vec<FrameLocation>, FormatErro
             stored_len: reader.varint32("a stored length")?,
             raw_len: reader.bounded("a raw length", frame::MAX_BYTES as u64)? as u32,
         };
-        if frame.stored_len > frame.raw_len || frame.offset.checked_add(frame.stored_len).is_none() {
+        if frame.stored_len > frame.raw_len + 1
+            || frame.offset.checked_add(frame.stored_len).is_none()
+        {
             return Err(FormatError::invalid(format!("impossible frame {frame:?}")));
         }
         frames.push(frame);
@@ -238,15 +242,16 @@ pub(crate) mod tests {
     use crate::id::{PackId, SnapshotId};
 
     pub(crate) fn any_leaf() -> impl Strategy<Value = Leaf> {
-        let frame = (0_u32..3, any::<u16>(), 1_u32..=512, 0_u32..=512).prop_map(|(pack, offset, raw, less)| {
-            FrameLocation {
+        let frame = (0_u32..3, any::<u16>(), 1_u32..=512, 0_u32..=512).prop_map(
+            |(pack, offset, raw, less)| FrameLocation {
                 pack: PackId { session: SnapshotId::from_parts(1, u128::from(pack)), number: pack },
                 offset: u32::from(offset),
-                stored_len: raw.saturating_sub(less).max(1),
+                stored_len: (raw + 1).saturating_sub(less).max(1),
                 raw_len: raw,
-            }
-        });
-        let extents = prop::collection::vec((any::<bool>(), any::<u32>(), any::<[u8; 32]>()), 0..60);
+            },
+        );
+        let extents =
+            prop::collection::vec((any::<bool>(), any::<u32>(), any::<[u8; 32]>()), 0..60);
         (prop::collection::vec(frame, 1..8), extents).prop_map(|(frames, choices)| {
             let mut extents: Vec<Extent> = Vec::new();
             for (zero, number, id) in choices {

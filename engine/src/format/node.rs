@@ -144,7 +144,9 @@ impl Node {
             if tag == 1 {
                 let pack = packs.get(reader.varint()?)?;
                 let (offset, len) = (reader.varint32("an offset")?, reader.varint32("a length")?);
-                if len as usize > block::HEADER_BYTES + block::MAX_BYTES || offset.checked_add(len).is_none() {
+                if len as usize > block::HEADER_BYTES + block::MAX_BYTES
+                    || offset.checked_add(len).is_none()
+                {
                     return Err(FormatError::invalid(format!("a block of {len} bytes")));
                 }
                 let digest = Digest([0; 32]);
@@ -178,7 +180,12 @@ mod tests {
             (any::<[u8; 32]>(), 0_u32..3, any::<u16>(), 0_u32..100_000).prop_map(
                 |(digest, number, offset, len)| {
                     let pack = PackId { session: SnapshotId::from_parts(7, 7), number };
-                    Child::Block(BlockRef { digest: Digest(digest), pack, offset: offset.into(), len })
+                    Child::Block(BlockRef {
+                        digest: Digest(digest),
+                        pack,
+                        offset: offset.into(),
+                        len,
+                    })
                 }
             ),
         ];
@@ -188,7 +195,10 @@ mod tests {
 
     #[test]
     fn levels() {
-        assert_eq!([root_level(0), root_level(1), root_level(1024), root_level(1025)], [1, 1, 1, 2]);
+        assert_eq!(
+            [root_level(0), root_level(1), root_level(1024), root_level(1025)],
+            [1, 1, 1, 2]
+        );
         assert_eq!(root_level(super::super::segments(super::super::MAX_VOLUME_BYTES)), MAX_LEVEL);
         assert_eq!([child_bytes(1), child_bytes(2)], [64 << 20, 64 << 30]);
     }

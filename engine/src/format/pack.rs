@@ -5,7 +5,7 @@
 //! | header | magic `petrapak`, format version (1), kind (1: 1 data, 2 manifest), zero (6) |
 //! | body | frames or blocks, back to back |
 //! | footer | data: count, then for each frame three varints (stored length, raw length, number of chunks) and a |
-//! | | varint for each chunk's length; then all chunk ids. manifest: count, then for each block its kind and a |
+//! | | varint for each chunk's length. manifest: count, then for each block its kind and a |
 //! | | varint for its length |
 //! | trailer | length of the footer (4), BLAKE3 of header and footer (32), magic `petraend` |
 //!
@@ -16,7 +16,7 @@ use super::block::BlockKind;
 use super::codec::{Reader, put_varint};
 use super::frame::FrameLocation;
 use super::{FormatError, VERSION, frame};
-use crate::id::{ChunkId, PackId};
+use crate::id::PackId;
 
 const MAGIC: &[u8; 8] = b"petrapak";
 const END_MAGIC: &[u8; 8] = b"petraend";
@@ -51,8 +51,8 @@ pub enum Footer {
 pub struct FrameEntry {
     /// Where it is.
     pub location: FrameLocation,
-    /// Its chunks in order: names and lengths. They fill the raw frame.
-    pub chunks: Vec<(ChunkId, u32)>,
+    /// The lengths of its chunks, in order. They fill the raw frame. Their names are the hashes of their bytes.
+    pub chunk_lens: Vec<u32>,
 }
 
 /// A block in a footer.
@@ -74,7 +74,6 @@ pub struct PackBuilder {
     bytes: Vec<u8>,
     count: u64,
     entries: Vec<u8>,
-    ids: Vec<u8>,
 }
 
 impl PackBuilder {
@@ -83,7 +82,7 @@ impl PackBuilder {
         let mut bytes = Vec::with_capacity(TARGET_BYTES + (1 << 20));
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&[VERSION as u8, kind as u8, 0, 0, 0, 0, 0, 0]);
-        Self { id, kind, bytes, count: 0, entries: Vec::new(), ids: Vec::new() }
+        Self { id, kind, bytes, count: 0, entries: Vec::new() }
     }
 
     /// The pack's name.
@@ -102,9 +101,14 @@ impl PackBuilder {
     }
 
     /// Adds an encoded frame and says where it is.
-    pub fn add_frame(&mut self, stored: &[u8], chunks: &[(ChunkId, u32)]) -> FrameLocation {
+    pub fn add_frame(
+        &mut self,
+        stored: &[u8],
+        chunk_lens: impl Iterator<Item = u32>,
+    ) -> FrameLocation {
         debug_assert_eq!(self.kind, PackKind::Data);
-        let raw_len = chunks.iter().map(|(_, len)| *len).sum();
+        let chunk_lens: Vec<u32> = chunk_lens.collect();
+        let raw_len = chunk_lens.iter().sum();
         let location = FrameLocation {
             pack: self.id,
             offset: self.bytes.len() as u32,
@@ -115,10 +119,9 @@ impl PackBuilder {
         self.count += 1;
         put_varint(&mut self.entries, stored.len() as u64);
         put_varint(&mut self.entries, u64::from(raw_len));
-        put_varint(&mut self.entries, chunks.len() as u64);
-        for (id, len) in chunks {
-            put_varint(&mut self.entries, u64::from(*len));
-            self.ids.extend_from_slice(&id.0);
+        put_varint(&mut self.entries, chunk_lens.len() as u64);
+        for len in chunk_lens {
+            put_varint(&mut self.entries, u64::from(len));
         }
         location
     }
@@ -136,10 +139,9 @@ impl PackBuilder {
 
     /// Closes the pack: its name and bytes.
     pub fn finish(mut self) -> (PackId, Vec<u8>) {
-        let mut footer = Vec::with_capacity(10 + self.entries.len() + self.ids.len());
+        let mut footer = Vec::with_capacity(10 + self.entries.len());
         put_varint(&mut footer, self.count);
         footer.extend_from_slice(&self.entries);
-        footer.extend_from_slice(&self.ids);
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.bytes.get(..HEADER_BYTES).unwrap_or_default()).update(&footer);
         self.bytes.extend_from_slice(&footer);
@@ -190,13 +192,17 @@ pub fn read_footer(id: PackId, pack: &[u8]) -> Result<Footer, FormatError> {
     let trailer_at = pack.len().checked_sub(TRAILER_BYTES).unwrap_or(usize::MAX);
     let (len, checksum) = read_trailer(pack.get(trailer_at..).unwrap_or_default())?;
     let footer_at = trailer_at.checked_sub(len).filter(|at| *at >= HEADER_BYTES);
-    let footer_at = footer_at.ok_or_else(|| FormatError::invalid(format!("a footer of {len} bytes")))?;
+    let footer_at =
+        footer_at.ok_or_else(|| FormatError::invalid(format!("a footer of {len} bytes")))?;
     let footer = pack.get(footer_at..trailer_at).unwrap_or_default();
     let mut hasher = blake3::Hasher::new();
     hasher.update(pack.get(..HEADER_BYTES).unwrap_or_default()).update(footer);
     let actual = hasher.finalize();
     if actual != checksum {
-        return Err(FormatError::Checksum { found: checksum.to_string(), actual: actual.to_string() });
+        return Err(FormatError::Checksum {
+            found: checksum.to_string(),
+            actual: actual.to_string(),
+        });
     }
     let reader = Reader::new(footer);
     let body_end = footer_at as u64;
@@ -206,7 +212,11 @@ pub fn read_footer(id: PackId, pack: &[u8]) -> Result<Footer, FormatError> {
     }
 }
 
-fn read_frames(id: PackId, mut reader: Reader<'_>, body_end: u64) -> Result<Vec<FrameEntry>, FormatError> {
+fn read_frames(
+    id: PackId,
+    mut reader: Reader<'_>,
+    body_end: u64,
+) -> Result<Vec<FrameEntry>, FormatError> {
     let count = reader.count("the number of frames", 3)?;
     let mut frames = Vec::with_capacity(count);
     let mut at = HEADER_BYTES as u64;
@@ -214,14 +224,14 @@ fn read_frames(id: PackId, mut reader: Reader<'_>, body_end: u64) -> Result<Vec<
         let stored_len = reader.bounded("a stored length", body_end - at)?;
         let raw_len = reader.bounded("a raw length", frame::MAX_BYTES as u64)?;
         let chunk_count = reader.count("the number of chunks", 1)?;
-        let mut chunks = Vec::with_capacity(chunk_count);
+        let mut chunk_lens = Vec::with_capacity(chunk_count);
         let mut sum = 0;
         for _ in 0..chunk_count {
             let len = reader.bounded("a chunk's length", raw_len - sum)?;
             sum += len;
-            chunks.push((ChunkId([0; 32]), len as u32));
+            chunk_lens.push(len as u32);
         }
-        if sum != raw_len || stored_len > raw_len {
+        if sum != raw_len || stored_len > raw_len + 1 {
             return Err(FormatError::invalid("a frame's lengths contradict each other"));
         }
         frames.push(FrameEntry {
@@ -231,14 +241,9 @@ fn read_frames(id: PackId, mut reader: Reader<'_>, body_end: u64) -> Result<Vec<
                 stored_len: stored_len as u32,
                 raw_len: raw_len as u32,
             },
-            chunks,
+            chunk_lens,
         });
         at += stored_len;
-    }
-    for frame in &mut frames {
-        for (id, _) in &mut frame.chunks {
-            *id = ChunkId(reader.array()?);
-        }
     }
     reader.finish()?;
     check_body(at, body_end)?;
@@ -268,7 +273,9 @@ fn check_body(listed_end: u64, body_end: u64) -> Result<(), FormatError> {
     if listed_end == body_end && body_end <= u64::from(u32::MAX) {
         return Ok(());
     }
-    Err(FormatError::invalid(format!("its footer lists {listed_end} bytes, its body has {body_end}")))
+    Err(FormatError::invalid(format!(
+        "its footer lists {listed_end} bytes, its body has {body_end}"
+    )))
 }
 
 #[cfg(test)]
@@ -287,8 +294,9 @@ mod tests {
         let mut entries = Vec::new();
         for chunks in frames {
             let raw = chunks.concat();
-            let chunks: Vec<_> = chunks.iter().map(|c| (ChunkId::of(c), c.len() as u32)).collect();
-            entries.push(FrameEntry { location: builder.add_frame(&raw, &chunks), chunks });
+            let chunk_lens: Vec<u32> = chunks.iter().map(|chunk| chunk.len() as u32).collect();
+            let location = builder.add_frame(&raw, chunk_lens.iter().copied());
+            entries.push(FrameEntry { location, chunk_lens });
         }
         (builder.finish().1, entries)
     }
@@ -296,7 +304,8 @@ mod tests {
     #[test]
     fn lists_manifest_blocks() {
         let mut builder = PackBuilder::new(id(), PackKind::Manifest);
-        let offsets = [builder.add_block(BlockKind::Leaf, b"abc"), builder.add_block(BlockKind::Node, b"de")];
+        let offsets =
+            [builder.add_block(BlockKind::Leaf, b"abc"), builder.add_block(BlockKind::Node, b"de")];
         assert_eq!(offsets, [16, 19]);
         let (_, bytes) = builder.finish();
         let Footer::Manifest(blocks) = read_footer(id(), &bytes).unwrap() else { panic!() };

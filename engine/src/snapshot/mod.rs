@@ -181,7 +181,8 @@ async fn write(
     let mut budget = ctx.limits.index_chunks / 2;
     for (name, source) in &request.volumes {
         let before = parent.and_then(|parent| parent.volume(name));
-        let job = VolumeJob::prepare(repo, source.clone(), before, &index, &mut budget, ctx).await?;
+        let job =
+            VolumeJob::prepare(repo, source.clone(), before, &index, &mut budget, ctx).await?;
         volumes.push(job);
     }
     let others = records.iter().rev().flat_map(|record| {
@@ -252,7 +253,9 @@ async fn preload(
             break;
         }
         let numbered = batch.iter().enumerate().map(|(n, child)| (read + n, *child));
-        for (_, leaf) in tree::leaves(repo.store(), volume.len_bytes, numbered.collect(), ctx).await? {
+        for (_, leaf) in
+            tree::leaves(repo.store(), volume.len_bytes, numbered.collect(), ctx).await?
+        {
             if let Ok(Some(leaf)) = leaf {
                 *budget = budget.saturating_sub(remember(index, &leaf));
             }

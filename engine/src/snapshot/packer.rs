@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::block::{BlockKind, BlockRef};
 use crate::format::frame::FrameLocation;
 use crate::format::pack::{PackBuilder, PackKind};
-use crate::id::{ChunkId, Digest, PackId, SnapshotId};
+use crate::id::{Digest, PackId, SnapshotId};
 use crate::key::Key;
 use crate::progress::Event;
 use crate::repository::Repository;
@@ -47,8 +47,12 @@ impl Packer {
     }
 
     /// Appends an encoded frame. Waits while the store is slower than the workers.
-    pub fn add_frame(&self, stored: &[u8], chunks: &[(ChunkId, u32)]) -> Result<FrameLocation> {
-        self.add(&self.data, PackKind::Data, |pack| pack.add_frame(stored, chunks))
+    pub fn add_frame(
+        &self,
+        stored: &[u8],
+        chunk_lens: impl Iterator<Item = u32>,
+    ) -> Result<FrameLocation> {
+        self.add(&self.data, PackKind::Data, |pack| pack.add_frame(stored, chunk_lens))
     }
 
     /// Appends a manifest block.

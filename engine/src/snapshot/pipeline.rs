@@ -103,7 +103,12 @@ pub struct Pipeline {
 
 impl Pipeline {
     /// A pipeline that reuses what the index knows.
-    pub fn new(repo: &Repository, session: SnapshotId, index: Arc<DedupIndex>, ctx: &Context) -> Self {
+    pub fn new(
+        repo: &Repository,
+        session: SnapshotId,
+        index: Arc<DedupIndex>,
+        ctx: &Context,
+    ) -> Self {
         let halt = Arc::new(Halt::new(&ctx.cancel));
         Self { repo: repo.clone(), session, index, ctx: ctx.clone(), halt }
     }
@@ -213,7 +218,8 @@ impl Stage<'_> {
         }
         let mut written = Vec::with_capacity(self.volumes.len());
         for (volume, leaves) in self.volumes.iter().zip(leaves) {
-            let (children, data_bytes) = leaves.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let (children, data_bytes) =
+                leaves.into_inner().unwrap_or_else(PoisonError::into_inner);
             let mut write = |kind, block: &[u8], digest| self.packer.add_block(kind, block, digest);
             let root = tree::build(children, &volume.nodes, &mut write)?;
             written.push(WrittenVolume { root, data_bytes });
@@ -238,7 +244,8 @@ impl Stage<'_> {
             if halt.is_set() {
                 return Ok(());
             }
-            let Some((volume, leaves)) = self.volumes.get(job.volume).zip(leaves.get(job.volume)) else {
+            let Some((volume, leaves)) = self.volumes.get(job.volume).zip(leaves.get(job.volume))
+            else {
                 return Err(Error::Internal("a job for no volume"));
             };
             let range = tree::segment_range(volume.source.len_bytes(), job.segment);

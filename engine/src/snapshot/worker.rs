@@ -17,9 +17,6 @@ use crate::progress::Event;
 use crate::scan::{Piece, Scanner};
 use crate::source::Source;
 
-/// zstd's fastest regular level: above it, compression costs more time than all the rest together.
-const LEVEL: i32 = 1;
-
 /// One thread's state. Buffers are reused from segment to segment.
 pub struct Worker<'a> {
     scanner: Scanner,
@@ -44,7 +41,7 @@ impl<'a> Worker<'a> {
         counts: &'a Counts,
         ctx: &'a Context,
     ) -> Result<Self> {
-        let encoder = FrameEncoder::new(LEVEL).map_err(|_| Error::Internal("zstd has no memory"))?;
+        let encoder = FrameEncoder::new().map_err(|_| Error::Internal("zstd has no memory"))?;
         let assembler = Assembler {
             index,
             packer,
@@ -162,7 +159,8 @@ impl Assembler<'_> {
             return Ok(());
         }
         self.encoder.encode(&self.frame, &mut self.stored);
-        let location = self.packer.add_frame(&self.stored, &self.frame_chunks)?;
+        let location =
+            self.packer.add_frame(&self.stored, self.frame_chunks.iter().map(|(_, len)| *len))?;
         let position = self.frame_position(location);
         for at in self.waiting.drain(..) {
             if let Some(Extent::Chunk(chunk)) = self.leaf.extents.get_mut(at) {
@@ -190,7 +188,9 @@ impl Assembler<'_> {
         }
         let digest = leaf.digest();
         let child = match before {
-            Child::Block(block @ BlockRef { digest: known, .. }) if known == digest => Child::Block(block),
+            Child::Block(block @ BlockRef { digest: known, .. }) if known == digest => {
+                Child::Block(block)
+            }
             _ => Child::Block(self.packer.add_block(BlockKind::Leaf, &leaf.encode(), digest)?),
         };
         Ok(Done { child, data_bytes })

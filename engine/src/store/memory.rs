@@ -84,7 +84,11 @@ impl Store for MemoryStore {
         let entries = objects
             .range(start..)
             .take_while(|(key, _)| key.starts_with(prefix))
-            .map(|(key, body)| Entry { key: key.clone(), len: body.len() as u64, modified_unix_ms: 0 })
+            .map(|(key, body)| Entry {
+                key: key.clone(),
+                len: body.len() as u64,
+                modified_unix_ms: 0,
+            })
             .collect();
         Ok(Page { entries, more: false })
     }
