@@ -152,8 +152,11 @@ fn store(error: &StoreError, at: Option<&PetraUrl>) -> Option<String> {
             "an object that should be there is not: petra verify tells what needs it"
         }
         (StoreErrorCause::NoContainer, true) => {
-            "create the bucket first (Petra makes none), or correct the bucket, endpoint or region \
-             in the URL"
+            return Some(format!(
+                "correct the bucket, endpoint or region in the URL, or make the bucket with: petra \
+                 init --create-bucket {}",
+                quoted(&init_url(&error.location, at))
+            ));
         }
         (StoreErrorCause::NoContainer, false) => {
             return Some(format!(

@@ -109,7 +109,7 @@ fn stores_that_refuse() {
     let s3 = "s3://bucket?endpoint=http://127.0.0.1:9000";
     for (location, cause, expected) in [
         (s3, Cause::NotFound, "petra verify"),
-        (s3, Cause::NoContainer, "create the bucket"),
+        (s3, Cause::NoContainer, "init --create-bucket 's3://bucket?"),
         ("file:///r", Cause::NoContainer, "petra init file:///r"),
         (s3, Cause::Denied, "s3:PutObject"),
         ("file:///r", Cause::Denied, "run as a user"),

@@ -14,9 +14,10 @@ use petra_engine::progress::{Event, Progress};
 use crate::output::Output;
 use crate::text::{bytes, duration_ms, ratio};
 
+// Two lines, so that a terminal of 80 columns has room for the bar.
 const BAR: &str = "{prefix} {wide_bar:.green/dim} {binary_bytes}/{binary_total_bytes}  \
-                   {binary_bytes_per_sec}  {msg}  {eta} left";
-const SPINNER: &str = "{prefix} {spinner} {binary_bytes}  {msg}  {elapsed}";
+                   {binary_bytes_per_sec}  {eta} left\n  {msg}";
+const SPINNER: &str = "{prefix} {spinner} {binary_bytes}  {elapsed}\n  {msg}";
 const FRAME: Duration = Duration::from_millis(100);
 const LINE: Duration = Duration::from_secs(5);
 

@@ -1,26 +1,25 @@
 //! Block devices and images in use. Needs root and the tools named below.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "a test may panic and talk"
+)]
+
 mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Sandbox, may_run};
+use common::Sandbox;
+use petra_tests::require;
 
-/// What these tests lack on this machine.
-fn missing() -> Vec<String> {
-    let mut missing = vec![];
-    if !rustix::process::geteuid().is_root() {
-        missing.push("root".to_owned());
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
+/// True where loop devices can be made; says what is missing elsewhere.
+fn can_attach() -> bool {
     let tools = ["losetup", "mkfs.ext4", "mount", "umount"];
-    let absent = |tool: &&str| !std::env::split_paths(&path).any(|dir| dir.join(tool).exists());
-    missing.extend(tools.iter().filter(|tool| absent(tool)).map(ToString::to_string));
-    if !Path::new("/dev/loop-control").exists() {
-        missing.push("loop devices".to_owned());
-    }
-    missing
+    require::root() && tools.iter().all(|name| require::tool(name).is_some())
 }
 
 /// A loop device on an image, until the end of the test.
@@ -64,7 +63,7 @@ impl Drop for Mount {
 
 #[test]
 fn a_block_device_as_source_and_target() {
-    if !may_run("a_block_device_as_source_and_target", &missing()) {
+    if !can_attach() {
         return;
     }
     let mut petra = Sandbox::with_story();
@@ -89,7 +88,7 @@ fn a_block_device_as_source_and_target() {
 
 #[test]
 fn what_is_in_use_is_not_overwritten() {
-    if !may_run("what_is_in_use_is_not_overwritten", &missing()) {
+    if !can_attach() {
         return;
     }
     let mut petra = Sandbox::with_story();

@@ -1,5 +1,13 @@
 //! Bad input and bad places: each error names the object, the cause and the next step, and has its exit code.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "a test may panic and talk"
+)]
+
 mod common;
 
 use std::fs;
@@ -168,14 +176,34 @@ fn a_missing_pack_is_named() {
 
 #[test]
 fn no_permission() {
-    if rustix::process::geteuid().is_root() {
-        eprintln!("skipped: root has every permission");
-        return;
-    }
-    let mut petra = Sandbox::with_story();
-    let mode = std::os::unix::fs::PermissionsExt::from_mode;
-    fs::set_permissions(petra.path("work.img"), mode(0)).unwrap();
-    petra.fails("snapshot work.img ./repo#iris/run-1", 2, &["hint: run as a user who has access"]);
-    fs::set_permissions(petra.path("repo/config"), mode(0)).unwrap();
-    petra.fails("ls ./repo", 2, &["hint: run as a user who may"]);
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+
+    const NOBODY: u32 = 65534;
+    let petra = Sandbox::with_story();
+    let set_mode = |name: &str, mode| {
+        fs::set_permissions(petra.path(name), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    // Root has every permission, so it asks as someone else, who may not be able to reach the binary.
+    let binary = petra.path("petra");
+    fs::hard_link(env!("CARGO_BIN_EXE_petra"), &binary)
+        .or_else(|_| fs::copy(env!("CARGO_BIN_EXE_petra"), &binary).map(drop))
+        .unwrap();
+    set_mode("", 0o755);
+    let said = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(&binary);
+        command.args(arguments).current_dir(petra.path(""));
+        if rustix::process::geteuid().is_root() {
+            command.uid(NOBODY).gid(NOBODY);
+        }
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    set_mode("work.img", 0);
+    let text = said(&["snapshot", "work.img", "./repo#iris/run-1"]);
+    assert!(text.contains("hint: run as a user who has access"), "{text}");
+    set_mode("repo/config", 0);
+    let text = said(&["ls", "./repo"]);
+    assert!(text.contains("hint: run as a user who may"), "{text}");
 }

@@ -1,5 +1,13 @@
 //! The shapes of the documents that `--json` prints. They are an interface: a change here is one for its users.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "a test may panic and talk"
+)]
+
 mod common;
 
 use std::fmt::Write;

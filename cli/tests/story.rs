@@ -1,5 +1,13 @@
 //! The whole story on a directory: what each command prints for people.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "a test may panic and talk"
+)]
+
 mod common;
 
 use std::fs;
@@ -81,7 +89,8 @@ fn restore_to_every_kind_of_target() {
 
     let out = fs::File::create(petra.path("stream.img")).unwrap();
     let arguments = ["restore", &format!("{before}/workspace"), "-"];
-    let status = petra.command().args(arguments).stdout(out).status().unwrap();
+    let status =
+        petra.command().args(arguments).stdout(out).stderr(Stdio::null()).status().unwrap();
     assert!(status.success());
     petra.assert_same("stream.img", "work-before.img");
 }

@@ -2,8 +2,8 @@
 
 use petra_engine::chunker::Chunking;
 use petra_engine::record::Config;
-use petra_engine::store;
-use petra_engine::{Item, Repository};
+use petra_engine::store::{self, S3Store, StoreErrorCause};
+use petra_engine::{Error, Item, Repository, RepositoryUrl};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
@@ -19,6 +19,9 @@ pub struct Init {
     /// How volumes are cut into chunks: by content (cdc, cdc-16k) or in fixed sizes (fixed-16k, for databases)
     #[arg(long, value_name = "PROFILE", default_value = "cdc")]
     chunking: Chunking,
+    /// Make the bucket first if it is not there
+    #[arg(long)]
+    create_bucket: bool,
 }
 
 #[derive(Serialize)]
@@ -41,9 +44,21 @@ impl Init {
                 .hint(format!("leave out what follows the '#': petra init {}", url.repository)));
         }
         let activity = session.activity("init");
-        let store = store::open(&url.resolved_repository()?).await.at(&url)?;
-        let repository =
-            Repository::init(store, self.chunking, &activity.context).await.at(&url)?;
+        let location = url.resolved_repository()?;
+        let store = store::open(&location).await.at(&url)?;
+        let init = || Repository::init(store.clone(), self.chunking, &activity.context);
+        let repository = match init().await {
+            Err(Error::Store(error))
+                if self.create_bucket && error.cause == StoreErrorCause::NoContainer =>
+            {
+                if let RepositoryUrl::S3(bucket) = &location {
+                    let store = S3Store::connect(bucket).await.at(&url)?;
+                    store.create_bucket().await.map_err(Error::from).at(&url)?;
+                }
+                init().await.at(&url)?
+            }
+            result => result.at(&url)?,
+        };
         drop(activity);
         let document = Document { url: url.to_string(), config: repository.config() };
         session.out.report(&document, || format!("{url}\n"))?;

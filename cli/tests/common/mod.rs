@@ -13,6 +13,8 @@ use tempfile::TempDir;
 
 /// A directory, and what was done in it.
 pub struct Sandbox {
+    /// Settings for the commands.
+    pub environment: Vec<(String, String)>,
     directory: TempDir,
     transcript: String,
 }
@@ -26,7 +28,11 @@ pub struct Done {
 
 impl Sandbox {
     pub fn new() -> Self {
-        Self { directory: tempfile::tempdir().unwrap(), transcript: String::new() }
+        Self {
+            environment: vec![],
+            directory: tempfile::tempdir().unwrap(),
+            transcript: String::new(),
+        }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -37,11 +43,14 @@ impl Sandbox {
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_petra"));
         command.current_dir(self.directory.path());
+        // With one worker the chunks of two volumes lie in the packs in the same order each time.
+        command.args(["--threads", "1"]);
         let ours = |name: &str| name.starts_with("PETRA_") || name.starts_with("AWS_");
         for (name, _) in std::env::vars().filter(|(name, _)| ours(name)) {
             command.env_remove(name);
         }
         command.env("HOME", self.directory.path());
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
 
@@ -228,18 +237,6 @@ pub fn shape(document: &Value) -> Value {
             fields.iter().map(|(name, value)| (name.clone(), shape(value))).collect()
         }
     }
-}
-
-/// True when a test may run; says that it is skipped otherwise. With `PETRA_TEST_REQUIRE=all` nothing may be.
-pub fn may_run(test: &str, missing: &[String]) -> bool {
-    if missing.is_empty() {
-        return true;
-    }
-    let missing = missing.join(", ");
-    let required = std::env::var("PETRA_TEST_REQUIRE").is_ok_and(|value| value == "all");
-    assert!(!required, "{test} is required and lacks {missing}");
-    eprintln!("skipped: {test} needs {missing}");
-    false
 }
 
 /// The object files below a folder of a repository, largest first.
