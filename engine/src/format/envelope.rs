@@ -20,9 +20,14 @@ pub const MAX_BYTES: usize = 16 << 20;
 pub fn seal<T: Serialize>(kind: &str, value: &T) -> Result<Bytes, serde_json::Error> {
     let mut json = serde_json::to_vec_pretty(value)?;
     json.push(b'\n');
-    let mut object = format!("petra {kind} {VERSION} {}\n", blake3::hash(&json)).into_bytes();
-    object.extend_from_slice(&json);
-    Ok(object.into())
+    Ok(seal_json(kind, &json))
+}
+
+/// Wraps bytes that should be JSON.
+pub fn seal_json(kind: &str, json: &[u8]) -> Bytes {
+    let mut object = format!("petra {kind} {VERSION} {}\n", blake3::hash(json)).into_bytes();
+    object.extend_from_slice(json);
+    object.into()
 }
 
 /// Checks and unwraps a value of this kind.

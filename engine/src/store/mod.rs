@@ -16,10 +16,12 @@ use crate::url::RepositoryUrl;
 
 mod local;
 mod memory;
+#[cfg(feature = "s3")]
 mod s3;
 
 pub use local::LocalStore;
 pub use memory::MemoryStore;
+#[cfg(feature = "s3")]
 pub use s3::{S3Credentials, S3Options, S3Store};
 
 /// Opens the store of a repository. Makes no request yet, so a bucket or directory that is not there is found by
@@ -27,7 +29,12 @@ pub use s3::{S3Credentials, S3Options, S3Store};
 pub async fn open(url: &RepositoryUrl) -> Result<Arc<dyn Store>> {
     Ok(match url {
         RepositoryUrl::Directory(path) => Arc::new(LocalStore::new(path)),
+        #[cfg(feature = "s3")]
         RepositoryUrl::S3(location) => Arc::new(S3Store::connect(location).await?),
+        #[cfg(not(feature = "s3"))]
+        RepositoryUrl::S3(_) => {
+            return Err(crate::Error::Request("this program was built without S3".to_owned()));
+        }
     })
 }
 
