@@ -12,10 +12,10 @@ use serde::Serialize;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::node::Child;
-use crate::id::{Digest, PackId, SnapshotId};
+use crate::id::{PackId, SnapshotId};
 use crate::key::{self, Key};
 use crate::progress::Event;
-use crate::publish::publish;
+use crate::publish::{Published, publish};
 use crate::record::{Decision, MarkKind, Pin, PinOwner, SnapshotRecord, kind};
 use crate::repository::{MarkState, Repository, mark, seal, stamp, timestamp, unseal};
 use crate::store::{Entry, list_all};
@@ -92,9 +92,10 @@ async fn purge(
             report.in_grace += 1;
             continue;
         }
-        if !options.dry_run {
-            // Undelete competes for the same key; whoever wins, the marks say what holds.
-            publish(repo.store(), &Key::mark(id, state.k + 1), mark(MarkKind::Purge, ctx)?).await?;
+        // Undelete competes for the same key; whoever wins, the marks say what holds.
+        let (key, body) = (Key::mark(id, state.k + 1), mark(MarkKind::Purge, ctx)?);
+        if !options.dry_run && publish(repo.store(), &key, body).await? != Published::Ours {
+            continue;
         }
         report.purged += 1;
     }
@@ -144,9 +145,11 @@ async fn abort_silent(
         if decided.contains(&session) || !silent {
             continue;
         }
-        if !options.dry_run {
-            let abort = Decision::Abort { stamp: stamp(ctx) };
-            publish(repo.store(), &Key::snap(session), seal(kind::DECISION, &abort)?).await?;
+        let abort = seal(kind::DECISION, &Decision::Abort { stamp: stamp(ctx) })?;
+        // The session's own commit may win.
+        let key = Key::snap(session);
+        if !options.dry_run && publish(repo.store(), &key, abort).await? != Published::Ours {
+            continue;
         }
         report.aborted_sessions += 1;
     }
@@ -234,7 +237,7 @@ impl View {
             match walk(repo, record, &mut walked, &mut live, ctx).await {
                 Ok(()) => {}
                 // 8: a purged root may lose its packs to another collector at any time.
-                Err(error) if error.is_damage() && is_purged => {}
+                Err(Error::Missing { .. }) if is_purged => {}
                 Err(error) if error.is_damage() && repo.is_purged(record.id).await? => {
                     return Ok(None);
                 }
@@ -249,7 +252,7 @@ impl View {
 async fn walk(
     repo: &Repository,
     record: &SnapshotRecord,
-    walked: &mut HashSet<(Digest, PackId)>,
+    walked: &mut HashSet<(PackId, u32)>,
     live: &mut HashSet<PackId>,
     ctx: &Context,
 ) -> Result<()> {
@@ -265,8 +268,8 @@ async fn walk(
             Child::Zero => false,
             Child::Block(block) => {
                 live.insert(block.pack);
-                // The same content may be listed by two leaves with different locations.
-                walked.insert((block.digest, block.pack))
+                // By place, not by digest: two leaves of equal content may name different packs.
+                walked.insert((block.pack, block.offset))
             }
         });
         let fresh: Vec<_> = fresh.collect();

@@ -91,7 +91,7 @@ pub struct Fetched {
 
 impl Fetched {
     /// How many bytes came.
-    pub fn len(&self) -> u64 {
+    pub fn len_bytes(&self) -> u64 {
         self.bytes.len() as u64
     }
 

@@ -251,13 +251,14 @@ impl Repository {
     /// Marks a snapshot as deleted. Its data goes with a later collection.
     pub async fn delete(&self, id: SnapshotId, ctx: &Context) -> Result<()> {
         self.by_id(id, None).await?;
-        let last = self.last_mark(id).await?.unwrap_or(0);
-        if last % 2 == 1 {
-            return Ok(());
-        }
-        let body = mark(MarkKind::Delete, ctx)?;
+        // Only after no mark or an Undelete: a Purge is final, and nothing may follow it.
+        let k = match self.last_mark(id).await? {
+            None => 1,
+            Some(state) if state.mark == MarkKind::Undelete => state.k + 1,
+            Some(_) => return Ok(()),
+        };
         // If someone else's mark is there first, it is a Delete as well: odd marks are nothing else.
-        publish(&*self.store, &Key::mark(id, last + 1), body).await?;
+        publish(&*self.store, &Key::mark(id, k), mark(MarkKind::Delete, ctx)?).await?;
         Ok(())
     }
 
@@ -269,35 +270,37 @@ impl Repository {
                 last.insert(mark.session, mark.number);
             }
         }
-        let read = last.into_iter().map(|(id, k)| async move {
-            let key = Key::mark(id, k);
-            let mark: Mark = unseal(kind::MARK, &key, &self.store.get(&key).await?)?;
-            Ok::<_, Error>((id, MarkState { k, mark: mark.mark, at: mark.at }))
-        });
+        let read = last
+            .into_iter()
+            .map(|(id, k)| async move { Ok::<_, Error>((id, self.read_mark(id, k).await?)) });
         stream::iter(read).buffer_unordered(READS).try_collect().await
     }
 
-    async fn last_mark(&self, id: SnapshotId) -> Result<Option<u32>> {
+    async fn read_mark(&self, id: SnapshotId, k: u32) -> Result<MarkState> {
+        let key = Key::mark(id, k);
+        let mark: Mark = unseal(kind::MARK, &key, &self.store.get(&key).await?)?;
+        Ok(MarkState { k, mark: mark.mark, at: mark.at })
+    }
+
+    async fn last_mark(&self, id: SnapshotId) -> Result<Option<MarkState>> {
         let entries = list_all(&*self.store, &format!("{}{id}/", key::MARKS)).await?;
         let numbers =
             entries.iter().filter_map(|entry| key::parse_numbered(&entry.key, key::MARKS));
-        Ok(numbers.map(|mark| mark.number).max())
+        match numbers.map(|mark| mark.number).max() {
+            Some(k) => self.read_mark(id, k).await.map(Some),
+            None => Ok(None),
+        }
     }
 
     async fn is_deleted(&self, id: SnapshotId) -> Result<bool> {
-        let Some(k) = self.last_mark(id).await? else { return Ok(false) };
-        let key = Key::mark(id, k);
-        let mark: Mark = unseal(kind::MARK, &key, &self.store.get(&key).await?)?;
-        Ok(mark.mark != MarkKind::Undelete)
+        let last = self.last_mark(id).await?;
+        Ok(last.is_some_and(|state| state.mark != MarkKind::Undelete))
     }
 
-    /// True when the data of a snapshot may be gone: a Purge mark is there.
+    /// True when the data of a snapshot may be gone: a Purge mark is there. It is always the last one.
     pub(crate) async fn is_purged(&self, id: SnapshotId) -> Result<bool> {
-        let Some(k) = self.last_mark(id).await? else { return Ok(false) };
-        // Purge is always the last mark, and at an even number.
-        let key = Key::mark(id, k);
-        let mark: Mark = unseal(kind::MARK, &key, &self.store.get(&key).await?)?;
-        Ok(mark.mark == MarkKind::Purge)
+        let last = self.last_mark(id).await?;
+        Ok(last.is_some_and(|state| state.mark == MarkKind::Purge))
     }
 
     /// What was decided about a session; None while it is undecided.
@@ -319,7 +322,7 @@ impl Repository {
         Ok(Some(decision))
     }
 
-    async fn committed(&self, session: SnapshotId) -> Result<Option<SnapshotRecord>> {
+    pub(crate) async fn committed(&self, session: SnapshotId) -> Result<Option<SnapshotRecord>> {
         Ok(match self.decision(session).await? {
             Some(Decision::Commit { snapshot, .. }) => Some(*snapshot),
             Some(Decision::Abort { .. }) | None => None,
@@ -358,12 +361,48 @@ impl Repository {
         Ok(listed)
     }
 
-    /// Ids of the newest snapshots below a prefix of the catalogue, newest first.
-    pub(crate) async fn newest(&self, prefix: &str) -> Result<Vec<SnapshotId>> {
-        let listed = self.listed(prefix).await?;
-        let mut ids: Vec<SnapshotId> = listed.iter().map(|entry| entry.session).collect();
-        ids.sort_by(|a, b| b.cmp(a));
-        Ok(ids)
+    /// Committed snapshots that are likely to share data with a new one of this run: those of the run first, then
+    /// of the experiment, then of the repository, the newest first. Records that can't be read are passed over.
+    pub(crate) async fn relatives(
+        &self,
+        experiment: &Name,
+        run: &Name,
+        count: usize,
+    ) -> Result<Vec<SnapshotRecord>> {
+        let mut listed = self.listed(key::RUNS).await?;
+        let (experiment, run) = (experiment.key_component(), run.key_component());
+        listed.sort_by_key(|entry| {
+            let near = entry.experiment == experiment;
+            let nearest = near && entry.run == run;
+            std::cmp::Reverse((nearest, near, entry.session))
+        });
+        let mut relatives = Vec::with_capacity(count);
+        // Few are aborted or damaged; a bound, lest many were.
+        for entry in listed.into_iter().take(4 * count) {
+            if relatives.len() == count {
+                break;
+            }
+            match self.committed(entry.session).await {
+                Ok(record) => relatives.extend(record),
+                Err(error) if error.is_damage() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(relatives)
+    }
+
+    /// Sessions below a scope that are decided and not deleted, aborted ones included.
+    pub(crate) async fn sessions(&self, scope: &Item) -> Result<Vec<SnapshotId>> {
+        let prefix = match scope {
+            Item::Experiment(experiment) => key::experiment_prefix(experiment),
+            Item::Run { experiment, run } => key::run_prefix(experiment, run),
+            Item::Snapshot { snapshot, .. } => return Ok(vec![self.find(snapshot).await?.id]),
+            Item::Repository => key::RUNS.to_owned(),
+        };
+        let listed = self.listed(&prefix).await?;
+        let mut sessions: Vec<SnapshotId> = listed.iter().map(|entry| entry.session).collect();
+        sessions.sort();
+        Ok(sessions)
     }
 
     async fn names(

@@ -441,7 +441,7 @@ fn write_request(
     sink: &dyn Sink,
     ctx: &Context,
 ) -> Result<Outcome> {
-    let mut outcome = Outcome { fetched_bytes: fetched.len(), ..Outcome::default() };
+    let mut outcome = Outcome { fetched_bytes: fetched.len_bytes(), ..Outcome::default() };
     let mut raw = Vec::new();
     for span in &request.spans {
         ctx.check()?;
@@ -456,11 +456,11 @@ fn write_request(
         }
         let mut whole = Vec::with_capacity(placements.len());
         // The same chunk may go to several places, but is verified once.
-        let mut verified: HashMap<u32, bool> = HashMap::new();
+        let mut verified: HashMap<(u32, u32, ChunkId), bool> = HashMap::new();
         for placement in placements {
             let bytes = chunk_of(&raw, placement);
             let ok = *verified
-                .entry(placement.offset)
+                .entry((placement.offset, placement.len, placement.id))
                 .or_insert_with(|| ChunkId::of(bytes) == placement.id);
             if ok {
                 whole.push(*placement);

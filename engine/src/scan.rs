@@ -58,7 +58,7 @@ impl Scanner {
         len: u64,
         sink: &mut dyn FnMut(Piece<'_>) -> Result<()>,
     ) -> Result<()> {
-        debug_assert!(start % SEGMENT_BYTES == 0 && len <= SEGMENT_BYTES);
+        debug_assert!(start.is_multiple_of(SEGMENT_BYTES) && len <= SEGMENT_BYTES);
         let segment_end = start + len;
         let mut run = Run::default();
         let mut at = start;

@@ -20,6 +20,8 @@ pub struct Session {
     id: SnapshotId,
     ctx: Context,
     pinned: bool,
+    /// The session's entry in the catalogue.
+    entry: Option<Key>,
     puts: u64,
 }
 
@@ -31,7 +33,8 @@ impl Session {
         ctx: &Context,
     ) -> Result<(Self, Vec<SnapshotId>)> {
         let id = ctx.host.new_id();
-        let mut session = Self { repo: repo.clone(), id, ctx: ctx.clone(), pinned: false, puts: 0 };
+        let mut session =
+            Self { repo: repo.clone(), id, ctx: ctx.clone(), pinned: false, entry: None, puts: 0 };
         if witnesses.is_empty() {
             return Ok((session, vec![]));
         }
@@ -65,6 +68,7 @@ impl Session {
         let entry = CatalogueEntry { experiment: experiment.clone(), run: run.clone() };
         let key = Key::catalogue(experiment, run, self.id);
         self.repo.store().put(&key, seal(kind::CATALOGUE, &entry)?).await?;
+        self.entry = Some(key);
         self.puts += 1;
         Ok(())
     }
@@ -87,15 +91,28 @@ impl Session {
         Ok(())
     }
 
-    /// Gives up, so that the session's packs can be collected. Best effort: an undecided session is aborted by a
+    /// Gives up, so that the session's packs can be collected: unless it was committed after all, when the
+    /// acknowledgement was lost; that snapshot is given. Best effort: an undecided session is aborted by a
     /// collector in the end.
-    pub async fn abandon(&mut self) {
-        let decision = Decision::Abort { stamp: stamp(&self.ctx) };
-        if let Ok(body) = seal(kind::DECISION, &decision)
-            && publish(self.repo.store(), &Key::snap(self.id), body).await.is_ok()
-        {
-            self.unpin().await;
+    pub async fn abandon(&mut self) -> Option<SnapshotRecord> {
+        let key = Key::snap(self.id);
+        let body = seal(kind::DECISION, &Decision::Abort { stamp: stamp(&self.ctx) }).ok()?;
+        let mut committed = None;
+        match publish(self.repo.store(), &key, body).await.ok()? {
+            Published::Ours => {
+                // The catalogue is only for snapshots.
+                if let Some(entry) = &self.entry {
+                    let _ = self.repo.store().delete(entry).await;
+                }
+            }
+            Published::Theirs(body) => {
+                if let Ok(Decision::Commit { snapshot, .. }) = unseal(kind::DECISION, &key, &body) {
+                    committed = Some(*snapshot);
+                }
+            }
         }
+        self.unpin().await;
+        committed
     }
 
     /// Once decided, the pin is void.

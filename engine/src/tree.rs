@@ -15,6 +15,7 @@ use crate::format::block::{BlockKind, BlockRef};
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::{self, Child, FAN_OUT, Node};
 use crate::format::{self, SEGMENT_BYTES};
+use crate::id::Digest;
 use crate::key::Key;
 use crate::record::VolumeRecord;
 use crate::store::Store;
@@ -198,12 +199,15 @@ pub fn extents(leaf: Option<&Leaf>, segment_bytes: u64) -> std::borrow::Cow<'_, 
     }
 }
 
+/// Stores a block, given its encoding and content digest, and says where it is.
+pub type BlockWriter<'a> = dyn FnMut(BlockKind, &[u8], Digest) -> Result<BlockRef> + 'a;
+
 /// Builds the nodes above a volume's leaves and gives the root. `write` stores a block, given its encoding and
 /// digest; nodes that `known` already holds are not written again.
 pub fn build(
     mut children: Vec<Child>,
     known: &[BlockRef],
-    write: &mut dyn FnMut(BlockKind, &[u8], crate::id::Digest) -> Result<BlockRef>,
+    write: &mut BlockWriter<'_>,
 ) -> Result<Child> {
     let root_level = node::root_level(children.len() as u64);
     for level in 1..=root_level {

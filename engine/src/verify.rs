@@ -8,13 +8,14 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::Child;
-use crate::format::pack::TRAILER_BYTES;
+use crate::format::pack::{self, TRAILER_BYTES};
 use crate::id::{Digest, PackId, SnapshotId};
 use crate::key::{self, Key};
 use crate::name::Name;
@@ -95,11 +96,24 @@ pub async fn verify(
         broken: HashMap::new(),
         report: VerifyReport::default(),
     };
-    for record in repo.snapshots(scope).await? {
-        check.report.snapshots += 1;
-        for volume in &record.volumes {
-            check.volume(&record, volume).await?;
+    for session in repo.sessions(scope).await? {
+        match repo.committed(session).await {
+            Ok(Some(record)) => {
+                check.report.snapshots += 1;
+                for volume in &record.volumes {
+                    check.volume(&record, volume).await?;
+                }
+            }
+            Ok(None) => {}
+            Err(error) if error.is_damage() => {
+                let (object, detail) = describe(&error);
+                check.report.problems.push(Problem { object, detail, affected: vec![] });
+            }
+            Err(error) => return Err(error),
         }
+    }
+    if options.read_data {
+        check.footers().await?;
     }
     check.report.packs = check.used.len() as u64;
     Ok(check.report)
@@ -177,6 +191,43 @@ impl Check<'_> {
         }
         let report = walk.finish()?;
         self.report.checked_bytes += report.written_bytes;
+        Ok(())
+    }
+
+    /// Checks the footers of all packs that are used. No snapshot needs them; repairs do.
+    async fn footers(&mut self) -> Result<()> {
+        let mut used: Vec<PackId> = self.used.iter().copied().collect();
+        used.sort();
+        let this = &*self;
+        let read = used.into_iter().filter_map(|pack| {
+            let len = *this.packs.get(&pack)?;
+            Some(async move { (pack, this.footer(pack, len).await) })
+        });
+        let requests = self.ctx.limits.requests.max(1);
+        let read: Vec<_> = stream::iter(read).buffer_unordered(requests).collect().await;
+        for (pack, result) in read {
+            match result {
+                Ok(()) => {}
+                Err(error) if error.is_damage() => {
+                    let (_, detail) = describe(&error);
+                    let object = Key::pack(pack).to_string();
+                    self.report.problems.push(Problem { object, detail, affected: vec![] });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn footer(&self, pack: PackId, len: u64) -> Result<()> {
+        self.ctx.check()?;
+        let (store, key) = (self.repo.store(), Key::pack(pack));
+        let header = store.get_range(&key, 0..pack::HEADER_BYTES as u64).await?;
+        let trailer = store.get_range(&key, len.saturating_sub(TRAILER_BYTES as u64)..len).await?;
+        let (footer_len, _) = pack::read_trailer(&trailer).map_err(|error| error.of(&key))?;
+        let tail_at = len.saturating_sub((footer_len + TRAILER_BYTES) as u64);
+        let tail = store.get_range(&key, tail_at..len).await?;
+        pack::read_footer(pack, &header, &tail, len).map_err(|error| error.of(&key))?;
         Ok(())
     }
 

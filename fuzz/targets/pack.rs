@@ -7,5 +7,5 @@ use petra_engine::{PackId, SnapshotId};
 
 fuzz_target!(|bytes: &[u8]| {
     let id = PackId { session: SnapshotId::from_parts(0, 0), number: 0 };
-    let _ = pack::read_footer(id, bytes);
+    let _ = pack::read_whole(id, bytes);
 });

@@ -186,17 +186,26 @@ pub fn read_trailer(trailer: &[u8]) -> Result<(usize, blake3::Hash), FormatError
     Ok((len, checksum.into()))
 }
 
-/// Reads the footer of a whole pack.
-pub fn read_footer(id: PackId, pack: &[u8]) -> Result<Footer, FormatError> {
-    let kind = read_kind(pack.get(..HEADER_BYTES).unwrap_or(pack))?;
-    let trailer_at = pack.len().checked_sub(TRAILER_BYTES).unwrap_or(usize::MAX);
-    let (len, checksum) = read_trailer(pack.get(trailer_at..).unwrap_or_default())?;
-    let footer_at = trailer_at.checked_sub(len).filter(|at| *at >= HEADER_BYTES);
-    let footer_at =
-        footer_at.ok_or_else(|| FormatError::invalid(format!("a footer of {len} bytes")))?;
-    let footer = pack.get(footer_at..trailer_at).unwrap_or_default();
+/// Reads the footer of a pack of `pack_len` bytes, from its `header` and its `tail`: footer and trailer.
+pub fn read_footer(
+    id: PackId,
+    header: &[u8],
+    tail: &[u8],
+    pack_len: u64,
+) -> Result<Footer, FormatError> {
+    let kind = read_kind(header)?;
+    let trailer_at = tail.len().checked_sub(TRAILER_BYTES).unwrap_or(usize::MAX);
+    let (len, checksum) = read_trailer(tail.get(trailer_at..).unwrap_or_default())?;
+    let footer = tail.get(..trailer_at).unwrap_or_default();
+    let body_end =
+        pack_len.checked_sub(tail.len() as u64).filter(|end| *end >= HEADER_BYTES as u64);
+    let (Some(body_end), true) = (body_end, footer.len() == len) else {
+        return Err(FormatError::invalid(format!(
+            "a footer of {len} bytes in a pack of {pack_len}"
+        )));
+    };
     let mut hasher = blake3::Hasher::new();
-    hasher.update(pack.get(..HEADER_BYTES).unwrap_or_default()).update(footer);
+    hasher.update(header).update(footer);
     let actual = hasher.finalize();
     if actual != checksum {
         return Err(FormatError::Checksum {
@@ -205,11 +214,22 @@ pub fn read_footer(id: PackId, pack: &[u8]) -> Result<Footer, FormatError> {
         });
     }
     let reader = Reader::new(footer);
-    let body_end = footer_at as u64;
     match kind {
         PackKind::Data => read_frames(id, reader, body_end).map(Footer::Data),
         PackKind::Manifest => read_blocks(reader, body_end).map(Footer::Manifest),
     }
+}
+
+/// Reads the footer of a whole pack.
+pub fn read_whole(id: PackId, pack: &[u8]) -> Result<Footer, FormatError> {
+    let trailer_at = pack.len().saturating_sub(TRAILER_BYTES);
+    let (len, _) = read_trailer(pack.get(trailer_at..).unwrap_or_default())?;
+    let footer_at = trailer_at.checked_sub(len).filter(|at| *at >= HEADER_BYTES);
+    let (header, tail) = (pack.get(..HEADER_BYTES), footer_at.and_then(|at| pack.get(at..)));
+    let (Some(header), Some(tail)) = (header, tail) else {
+        return Err(FormatError::invalid(format!("a footer of {len} bytes")));
+    };
+    read_footer(id, header, tail, pack.len() as u64)
 }
 
 fn read_frames(
@@ -308,7 +328,7 @@ mod tests {
             [builder.add_block(BlockKind::Leaf, b"abc"), builder.add_block(BlockKind::Node, b"de")];
         assert_eq!(offsets, [16, 19]);
         let (_, bytes) = builder.finish();
-        let Footer::Manifest(blocks) = read_footer(id(), &bytes).unwrap() else { panic!() };
+        let Footer::Manifest(blocks) = read_whole(id(), &bytes).unwrap() else { panic!() };
         assert_eq!(blocks[1], BlockEntry { kind: BlockKind::Node, offset: 19, len: 2 });
     }
 
@@ -317,7 +337,7 @@ mod tests {
         fn round_trips(frames in prop::collection::vec(prop::collection::vec(
             prop::collection::vec(any::<u8>(), 1..50), 1..5), 0..6)) {
             let (bytes, entries) = pack(&frames);
-            prop_assert_eq!(read_footer(id(), &bytes).unwrap(), Footer::Data(entries));
+            prop_assert_eq!(read_whole(id(), &bytes).unwrap(), Footer::Data(entries));
         }
 
         #[test]
@@ -326,8 +346,8 @@ mod tests {
             let outside: Vec<usize> = (0..HEADER_BYTES).chain(HEADER_BYTES + 39..bytes.len()).collect();
             let mut flipped = bytes.clone();
             flipped[outside[at.index(outside.len())]] ^= 1_u8 << bit;
-            prop_assert!(read_footer(id(), &flipped).is_err());
-            prop_assert!(read_footer(id(), &bytes[..bytes.len() - cut]).is_err());
+            prop_assert!(read_whole(id(), &flipped).is_err());
+            prop_assert!(read_whole(id(), &bytes[..bytes.len() - cut]).is_err());
         }
     }
 }

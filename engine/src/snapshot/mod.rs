@@ -20,6 +20,7 @@ use std::sync::atomic::Ordering;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::format::node::Child;
 use crate::id::SnapshotId;
 use crate::index::{ChunkLocation, DedupIndex};
 use crate::name::Name;
@@ -28,7 +29,8 @@ use crate::record::{SnapshotRecord, SnapshotStats, VolumeRecord};
 use crate::repository::{Repository, timestamp};
 use crate::session::Session;
 use crate::source::Source;
-use crate::{key, tree};
+use crate::tree;
+use crate::url::SnapshotRef;
 
 mod halt;
 mod packer;
@@ -124,53 +126,49 @@ async fn attempt(
     ctx: &Context,
 ) -> Result<SnapshotRecord> {
     let started = ctx.host.unix_ms();
-    let (parent, candidates) = witnesses(repo, request).await?;
-    let (mut session, valid) = Session::begin(repo, &candidates, ctx).await?;
-    let result = write(repo, request, &mut session, parent, &valid, started, ctx).await;
-    if result.as_ref().is_err_and(|error| !matches!(error, Error::Lost { .. })) {
-        session.abandon().await;
+    let relatives = relatives(repo, request).await?;
+    let ids: Vec<SnapshotId> = relatives.iter().map(|record| record.id).collect();
+    let (mut session, valid) = Session::begin(repo, &ids, ctx).await?;
+    let witnesses = relatives.into_iter().filter(|record| valid.contains(&record.id)).collect();
+    let result = write(repo, request, &mut session, witnesses, started, ctx).await;
+    match result {
+        Ok(record) => Ok(record),
+        Err(error @ Error::Lost { .. }) => Err(error),
+        // A commit whose acknowledgement was lost is a commit all the same.
+        Err(error) => session.abandon().await.ok_or(error),
     }
-    result
 }
 
-/// The parent, and all snapshots whose chunks may be reused once they are pinned: the parent first.
-async fn witnesses(
-    repo: &Repository,
-    request: &SnapshotRequest,
-) -> Result<(Option<SnapshotId>, Vec<SnapshotId>)> {
+/// Snapshots whose chunks may be reused once they are pinned: the parent first.
+async fn relatives(repo: &Repository, request: &SnapshotRequest) -> Result<Vec<SnapshotRecord>> {
     let mut all = Vec::new();
     match request.parent {
-        Parent::None => return Ok((None, all)),
-        Parent::Snapshot(id) => all.push(id),
+        Parent::None => return Ok(all),
+        Parent::Snapshot(id) => all.push(repo.find(&SnapshotRef::Id(id)).await?),
         Parent::Auto => {}
     }
-    let prefixes = [
-        key::run_prefix(&request.experiment, &request.run),
-        key::experiment_prefix(&request.experiment),
-        key::RUNS.to_owned(),
-    ];
-    for prefix in prefixes {
-        for id in repo.newest(&prefix).await? {
-            if all.len() < MAX_WITNESSES && !all.contains(&id) {
-                all.push(id);
-            }
+    let others = repo.relatives(&request.experiment, &request.run, MAX_WITNESSES).await?;
+    for record in others {
+        if !all.iter().any(|known| known.id == record.id) {
+            all.push(record);
         }
     }
-    Ok((all.first().copied(), all))
+    Ok(all)
 }
 
 async fn write(
     repo: &Repository,
     request: &SnapshotRequest,
     session: &mut Session,
-    parent: Option<SnapshotId>,
-    witnesses: &[SnapshotId],
+    witnesses: Vec<SnapshotRecord>,
     started: u64,
     ctx: &Context,
 ) -> Result<SnapshotRecord> {
-    let records = repo.records(witnesses.iter().copied()).await?;
-    let parent = parent.and_then(|id| records.iter().find(|record| record.id == id));
-    if let (Parent::Snapshot(id), None) = (request.parent, parent) {
+    let parent = witnesses.first();
+    if let Parent::Snapshot(id) = request.parent
+        && parent.is_none_or(|parent| parent.id != id)
+    {
+        // It was purged between finding and pinning it.
         let (name, within) = (id.to_string(), repo.location());
         return Err(Error::Unknown { what: "snapshot", name, within, known: vec![] });
     }
@@ -185,7 +183,7 @@ async fn write(
             VolumeJob::prepare(repo, source.clone(), before, &index, &mut budget, ctx).await?;
         volumes.push(job);
     }
-    let others = records.iter().rev().flat_map(|record| {
+    let others = witnesses.iter().rev().flat_map(|record| {
         let is_parent = parent.is_some_and(|parent| parent.id == record.id);
         record.volumes.iter().filter(move |volume| {
             !is_parent || !request.volumes.iter().any(|(name, _)| *name == volume.name)
@@ -193,7 +191,8 @@ async fn write(
     });
     for volume in others {
         if budget > 0 {
-            preload(repo, volume, &index, &mut budget, ctx).await?;
+            let leaves = tree::segments(repo.store(), volume, ctx).await?.leaves;
+            preload(repo, volume.len_bytes, &leaves, &index, &mut budget, ctx).await?;
         }
     }
 
@@ -237,32 +236,43 @@ async fn write(
     Ok(record)
 }
 
-/// Puts the chunks of a volume into the index, from its first segment, while `budget` lasts. Gives how many segments
-/// were read. Damage costs duplicates, not the snapshot.
+/// What a [`preload`] read.
+#[derive(Debug, Default)]
+struct Preloaded {
+    /// Segments, from the first.
+    segments: usize,
+    /// Those of them whose leaves can't be read.
+    unreadable: Vec<usize>,
+}
+
+/// Puts the chunks of a volume into the index, from its first segment, while `budget` lasts. Damage costs
+/// duplicates, not the snapshot.
 async fn preload(
     repo: &Repository,
-    volume: &VolumeRecord,
+    len_bytes: u64,
+    leaves: &[Child],
     index: &DedupIndex,
     budget: &mut usize,
     ctx: &Context,
-) -> Result<usize> {
-    let segments = tree::segments(repo.store(), volume, ctx).await?;
-    let mut read = 0;
-    for batch in segments.leaves.chunks(tree::BATCH_SEGMENTS) {
+) -> Result<Preloaded> {
+    let mut done = Preloaded::default();
+    for batch in leaves.chunks(tree::BATCH_SEGMENTS) {
         if *budget == 0 {
             break;
         }
-        let numbered = batch.iter().enumerate().map(|(n, child)| (read + n, *child));
-        for (_, leaf) in
-            tree::leaves(repo.store(), volume.len_bytes, numbered.collect(), ctx).await?
+        let numbered = batch.iter().enumerate().map(|(n, child)| (done.segments + n, *child));
+        for (segment, leaf) in
+            tree::leaves(repo.store(), len_bytes, numbered.collect(), ctx).await?
         {
-            if let Ok(Some(leaf)) = leaf {
-                *budget = budget.saturating_sub(remember(index, &leaf));
+            match leaf {
+                Ok(Some(leaf)) => *budget = budget.saturating_sub(remember(index, &leaf)),
+                Ok(None) => {}
+                Err(_) => done.unreadable.push(segment),
             }
         }
-        read += batch.len();
+        done.segments += batch.len();
     }
-    Ok(read)
+    Ok(done)
 }
 
 /// Puts the chunks of one leaf into the index; gives how many.

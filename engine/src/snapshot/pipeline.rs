@@ -1,5 +1,6 @@
 //! The stages of a snapshot and the queues between them.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::{StreamExt, stream};
@@ -19,7 +20,7 @@ use crate::progress::Event;
 use crate::record::VolumeRecord;
 use crate::repository::Repository;
 use crate::source::Source;
-use crate::tree;
+use crate::tree::{self, Segments};
 
 /// Parent leaves that are read ahead of the workers.
 const LEAVES_AHEAD: usize = 8;
@@ -32,8 +33,12 @@ pub struct VolumeJob {
     before: Vec<Child>,
     /// The parent's nodes.
     nodes: Vec<BlockRef>,
+    /// The parent's length.
+    before_len: u64,
     /// The parent's segments whose chunks the index has already.
     preloaded: usize,
+    /// The parent's manifest is damaged: no node of it may be used again, since equal digests do not make it whole.
+    distrusted: AtomicBool,
 }
 
 /// One segment to go through.
@@ -72,14 +77,26 @@ impl VolumeJob {
         budget: &mut usize,
         ctx: &Context,
     ) -> Result<Self> {
-        let mut job = Self { source, before: vec![], nodes: vec![], preloaded: 0 };
-        if let Some(before) = before {
-            let segments = tree::segments(repo.store(), before, ctx).await?;
-            job.preloaded = preload(repo, before, index, budget, ctx).await?;
-            job.before = segments.leaves;
-            job.nodes = segments.nodes;
+        let (segments, before_len) = match before {
+            Some(before) => (tree::segments(repo.store(), before, ctx).await?, before.len_bytes),
+            None => (Segments::default(), 0),
+        };
+        let mut before = segments.leaves;
+        let done = preload(repo, before_len, &before, index, budget, ctx).await?;
+        let distrusted = !done.unreadable.is_empty() || !segments.unreadable.is_empty();
+        for segment in done.unreadable {
+            if let Some(child) = before.get_mut(segment) {
+                *child = Child::Zero;
+            }
         }
-        Ok(job)
+        Ok(Self {
+            source,
+            before,
+            nodes: segments.nodes,
+            before_len,
+            preloaded: done.segments,
+            distrusted: AtomicBool::new(distrusted),
+        })
     }
 
     fn jobs(&self, volume: usize) -> impl Iterator<Item = Job> {
@@ -117,7 +134,7 @@ impl Pipeline {
     pub async fn run(self, volumes: Vec<VolumeJob>) -> Result<Written> {
         let counts = Arc::new(Counts::default());
         let (complete, packs) = mpsc::channel(1);
-        let (jobs, queue) = mpsc::channel(2 * self.ctx.limits.threads);
+        let (jobs, queue) = mpsc::channel(2 * self.ctx.limits.threads.max(1));
         let uploader = tokio::spawn(upload(
             self.repo.clone(),
             packs,
@@ -147,17 +164,21 @@ impl Pipeline {
     /// Sends every segment to the workers, after the index has the parent's chunks of that segment.
     async fn plan(&self, volumes: &[VolumeJob], jobs: mpsc::Sender<Job>) -> Result<()> {
         for (number, volume) in volumes.iter().enumerate() {
-            let len = volume.source.len_bytes();
-            let prepared = volume.jobs(number).map(|job| async move {
+            let prepared = volume.jobs(number).map(|mut job| async move {
                 if let Child::Block(block) = job.before
                     && job.segment >= volume.preloaded
                 {
-                    let range = tree::segment_range(len, job.segment);
-                    // A leaf that can't be read costs duplicates, not the snapshot.
-                    if let Ok(leaf) =
-                        tree::read_leaf(self.repo.store(), &block, range.end - range.start).await
+                    let range = tree::segment_range(volume.before_len, job.segment);
+                    match tree::read_leaf(self.repo.store(), &block, range.end - range.start).await
                     {
-                        remember(&self.index, &leaf);
+                        Ok(leaf) => {
+                            remember(&self.index, &leaf);
+                        }
+                        // A leaf that can't be read costs duplicates, not the snapshot.
+                        Err(_) => {
+                            job.before = Child::Zero;
+                            volume.distrusted.store(true, Ordering::Relaxed);
+                        }
                     }
                 }
                 job
@@ -221,7 +242,9 @@ impl Stage<'_> {
             let (children, data_bytes) =
                 leaves.into_inner().unwrap_or_else(PoisonError::into_inner);
             let mut write = |kind, block: &[u8], digest| self.packer.add_block(kind, block, digest);
-            let root = tree::build(children, &volume.nodes, &mut write)?;
+            let trusted = !volume.distrusted.load(Ordering::Relaxed);
+            let known = if trusted { volume.nodes.as_slice() } else { &[] };
+            let root = tree::build(children, known, &mut write)?;
             written.push(WrittenVolume { root, data_bytes });
         }
         self.packer.finish()?;
