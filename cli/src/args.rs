@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use anstream::ColorChoice;
 use clap::error::ErrorKind;
 use clap::{ArgAction, Parser};
 use tracing_subscriber::EnvFilter;
@@ -77,6 +78,7 @@ impl Global {
         tracing_subscriber::fmt()
             .with_env_filter(EnvFilter::new(filter))
             .with_writer(std::io::stderr)
+            .with_ansi(anstream::AutoStream::choice(&std::io::stderr()) != ColorChoice::Never)
             .init();
     }
 }

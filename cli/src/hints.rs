@@ -63,6 +63,12 @@ pub fn hint(error: &Error, at: Option<&PetraUrl>) -> Option<String> {
             "choose a path that does not exist, or write only what differs with --in-place"
                 .to_owned()
         }
+        Error::Target { reason, .. } if reason.contains("another restore") => {
+            "wait until it ends, or choose another path".to_owned()
+        }
+        Error::Target { reason, .. } if reason.contains("in use") => {
+            "unmount or detach it first; lsblk and losetup show what uses it".to_owned()
+        }
         Error::Target { .. } => {
             "give a path that does not exist, a block device at least as large as the volume, a \
              directory, or - for standard output"

@@ -144,6 +144,10 @@ fn damage_and_lost_races() {
 fn targets_and_files() {
     let target = |reason: &str| Error::Target { path: "/t".into(), reason: reason.to_owned() };
     assert!(hint(&target("it exists already"), None).unwrap().contains("--in-place"));
+    assert!(hint(&target("another restore is writing it"), None).unwrap().contains("wait"));
+    assert!(
+        hint(&target("the device is mounted or otherwise in use"), None).unwrap().contains("lsblk")
+    );
     assert!(hint(&target("it is too small"), None).unwrap().contains("at least as large"));
     for (kind, expected) in [
         (io::ErrorKind::NotFound, Some("directory must exist")),

@@ -52,7 +52,7 @@ struct Document<'a> {
 impl Demo {
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
         let directory = directory(self.dir.as_deref())?;
-        let result = play(session, &directory).await;
+        let result = play(session, &directory, !self.remove).await;
         if self.remove {
             std::fs::remove_dir_all(&directory).map_err(Story::io("remove", &directory))?;
         }
@@ -68,7 +68,7 @@ struct Story {
     repository: RepositoryUrl,
 }
 
-async fn play(session: &Session, directory: &Path) -> Result<(), Failure> {
+async fn play(session: &Session, directory: &Path, stays: bool) -> Result<(), Failure> {
     let story = Story {
         volume: directory.join("volume.img"),
         before: directory.join("volume-before.img"),
@@ -141,7 +141,10 @@ async fn play(session: &Session, directory: &Path) -> Result<(), Failure> {
         restored: &story.restored,
         identical: true,
     };
-    out.report(&document, || format!("{}\n{}", table(&[&first, &second]), next(&story, &first)))
+    out.report(&document, || {
+        let table = table(&[&first, &second]);
+        if stays { format!("{table}\n{}", next(&story, &first)) } else { table }
+    })
 }
 
 impl Story {
