@@ -168,7 +168,7 @@ async fn write(
     started: u64,
     ctx: &Context,
 ) -> Result<SnapshotRecord> {
-    let records = repo.records(witnesses.iter().copied()).await?;
+    let records = repo.records(witnesses.to_vec()).await?;
     let parent = parent.and_then(|id| records.iter().find(|record| record.id == id));
     if let (Parent::Snapshot(id), None) = (request.parent, parent) {
         let (name, within) = (id.to_string(), repo.location());
@@ -184,15 +184,14 @@ async fn write(
         let job = VolumeJob::prepare(repo, source.clone(), before, &index, &mut budget, ctx).await?;
         volumes.push(job);
     }
-    let others = records.iter().rev().flat_map(|record| {
+    for record in records.iter().rev() {
         let is_parent = parent.is_some_and(|parent| parent.id == record.id);
-        record.volumes.iter().filter(move |volume| {
-            !is_parent || !request.volumes.iter().any(|(name, _)| *name == volume.name)
-        })
-    });
-    for volume in others {
-        if budget > 0 {
-            preload(repo, volume, &index, &mut budget, ctx).await?;
+        for volume in &record.volumes {
+            let is_prepared =
+                is_parent && request.volumes.iter().any(|(name, _)| *name == volume.name);
+            if budget > 0 && !is_prepared {
+                preload(repo, volume, &index, &mut budget, ctx).await?;
+            }
         }
     }
 

@@ -8,6 +8,7 @@
 
 mod incremental;
 mod roundtrip;
+mod sendable;
 
 use tokio::runtime::Runtime;
 
