@@ -206,7 +206,7 @@ fn volumes<'a>(
     }
     let names: Vec<&str> = record.volumes.iter().map(|volume| volume.name.as_str()).collect();
     let all = match destination {
-        Destination::Stdout => "a directory takes all of them".to_owned(),
+        Destination::Stdout => "restore all of them to a directory".to_owned(),
         _ => {
             let target = quoted(&destination.path().to_string_lossy());
             format!("restore all of them to a directory: {target}/")

@@ -174,55 +174,99 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// Replaces what differs from run to run, keeping columns where they are.
+/// Replaces what differs from run to run or with the repository's format: ids, digests, sizes, counts of objects,
+/// times. Columns shrink to two blanks, since their widths follow the sizes.
 fn normalised(text: &str) -> String {
-    let mut out = String::new();
     let mut ids: Vec<String> = vec![];
-    let word = |c: char| c.is_ascii_alphanumeric();
-    let mut rest = text;
-    while !rest.is_empty() {
-        let end = rest.find(|c| !word(c)).unwrap_or(rest.len());
-        let (token, after) = rest.split_at(end);
-        if token.len() == 26 && token.starts_with('0') {
-            let known = ids.iter().position(|id| id == token);
-            let n = known.unwrap_or_else(|| {
+    let mut out = String::new();
+    for line in text.lines() {
+        // What is said has no columns.
+        let talk = line.starts_with('!');
+        let indent = line.len() - line.trim_start().len();
+        out += &" ".repeat(indent);
+        let words: Vec<&str> = line.split(' ').skip(indent).collect();
+        let mut n = 0;
+        while let Some(word) = words.get(n) {
+            n += 1;
+            if word.is_empty() {
+                // Between columns: the blank before is there already, one more makes two.
+                if (talk || !out.ends_with("  ")) && n < words.len() {
+                    out.push(' ');
+                }
+                continue;
+            }
+            match words.get(n).and_then(|unit| measure(word, unit)) {
+                Some(hidden) => {
+                    out += &hidden;
+                    n += 1;
+                }
+                None => out += &hide(word, &mut ids),
+            }
+            if n < words.len() {
+                out.push(' ');
+            }
+        }
+        out.push('\n');
+    }
+    out
+}
+
+/// A number and its unit, hidden.
+fn measure(number: &str, unit: &str) -> Option<String> {
+    let bare = unit.trim_end_matches([',', ';', ':', ')']);
+    let after = unit.strip_prefix(bare)?;
+    let before = number.strip_suffix(number.trim_start_matches('('))?;
+    let digits = number.trim_start_matches('(');
+    if !digits.starts_with(|c: char| c.is_ascii_digit()) {
+        return None;
+    }
+    let hidden = match bare {
+        "B" | "KiB" | "MiB" | "GiB" => "<size>",
+        "s" => "<time>",
+        "object" | "objects" => "<n> objects",
+        "pack" | "packs" => "<n> packs",
+        "request" | "requests" => "<n> requests",
+        _ => return None,
+    };
+    Some(format!("{before}{hidden}{after}"))
+}
+
+/// A word with its ids, digests, large numbers, dates and ratios hidden.
+fn hide(word: &str, ids: &mut Vec<String>) -> String {
+    let numeric = |text: &str, also: &str| {
+        text.starts_with(|c: char| c.is_ascii_digit())
+            && text.chars().all(|c| c.is_ascii_digit() || also.contains(c))
+    };
+    let bare = word.trim_matches(['(', ')', ',']);
+    if bare.len() == 10 && bare.contains('-') && numeric(bare, "-") {
+        return word.replace(bare, "<date>");
+    }
+    if bare.strip_suffix('Z').is_some_and(|time| numeric(time, ":")) {
+        return word.replace(bare, "<time>");
+    }
+    if bare == "(-)" || bare.strip_suffix('x').is_some_and(|ratio| numeric(ratio, ".")) {
+        return word.replace(bare, "<ratio>");
+    }
+    let mut out = String::new();
+    for part in word.split_inclusive(|c: char| !c.is_ascii_alphanumeric()) {
+        let token = part.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+        let hidden = if token.len() == 26 && token.starts_with('0') {
+            let known = ids.iter().position(|id| id == token).unwrap_or_else(|| {
                 ids.push(token.to_owned());
                 ids.len() - 1
             });
-            let _ = write!(out, "<id-{n:-<21}>", n = n + 1);
+            format!("<id-{}>", known + 1)
         } else if token.len() == 64 {
-            out += "<digest>";
-        } else if token.len() > 4 && token.bytes().all(|b| b.is_ascii_digit()) {
-            out += &"#".repeat(token.len());
+            "<digest>".to_owned()
+        } else if token.len() > 4 && numeric(token, "") {
+            "<number>".to_owned()
         } else {
-            out += token;
-        }
-        let skip = after.chars().next().map_or(0, char::len_utf8);
-        let (separator, after) = after.split_at(skip);
-        out += separator;
-        rest = after;
+            token.to_owned()
+        };
+        out += &hidden;
+        out += part.strip_prefix(token).unwrap_or_default();
     }
-    out.lines().map(|line| numbers(line) + "\n").collect()
-}
-
-/// Hides digits of sizes, ratios, times and dates, not their places.
-fn numbers(line: &str) -> String {
-    let mut words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-    let hide = |word: &str| word.replace(|c: char| c.is_ascii_digit(), "#");
-    for n in 0..words.len() {
-        let word = words[n].clone();
-        let unit = words.get(n + 1).map_or("", |next| next.trim_end_matches([',', ';', ':', ')']));
-        let number = word.starts_with(|c: char| c.is_ascii_digit());
-        let date = word.len() == 10 && word.matches('-').count() == 2
-            || word.ends_with('Z') && word.contains(':');
-        let ratio = word.trim_matches(['(', ')', ',']).strip_suffix('x').is_some_and(|ratio| {
-            ratio.contains('.') && ratio.chars().all(|c| c.is_ascii_digit() || c == '.')
-        });
-        if number && ["B", "KiB", "MiB", "GiB", "s"].contains(&unit) || date || ratio {
-            words[n] = hide(&word);
-        }
-    }
-    words.join(" ")
+    out
 }
 
 /// A document with the types of its values instead of them: an array has the shape of its first element.
