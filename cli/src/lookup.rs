@@ -27,6 +27,17 @@ pub fn volume<'a>(
     record.volume(name).ok_or_else(unknown).at(url)
 }
 
+/// Fails if a URL names an experiment or run that has no snapshots, with those that have some. For operations that
+/// found nothing to do: a name with a typing error must not look like success.
+pub async fn exists(repository: &Repository, url: &PetraUrl) -> Result<(), Failure> {
+    match &url.item {
+        Item::Experiment(_) | Item::Run { .. } => {
+            repository.snapshots(&url.item).await.at(url).map(drop)
+        }
+        Item::Repository | Item::Snapshot { .. } => Ok(()),
+    }
+}
+
 /// The error for a URL that should name a snapshot.
 pub fn not_a_snapshot(url: &PetraUrl) -> Failure {
     let (what, hint) = match &url.item {

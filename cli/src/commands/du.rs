@@ -5,6 +5,7 @@ use petra_engine::usage::{Usage, UsageRow, usage};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
+use crate::lookup;
 use crate::session::Session;
 use crate::text::{Side, Table, bytes};
 
@@ -33,9 +34,8 @@ impl Du {
         let repository = session.open(&url).await?;
         let activity = session.activity("du");
         let usage = usage(&repository, &url.item, &activity.context).await.at(&url)?;
-        if usage.rows.is_empty() && url.item != Item::Repository {
-            // The engine has no rows for what is not there; this says so, with what is.
-            repository.snapshots(&url.item).await.at(&url)?;
+        if usage.rows.is_empty() {
+            lookup::exists(&repository, &url).await?;
         }
         drop(activity);
         let document = Document { url: url.to_string(), usage: &usage };

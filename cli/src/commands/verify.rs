@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::restore::ranges;
 use crate::failure::{At, Exit, Failure};
+use crate::lookup;
 use crate::session::Session;
 use crate::text::{bytes, count};
 
@@ -34,6 +35,9 @@ impl Verify {
         let options = VerifyOptions { read_data: self.read_data };
         let activity = session.activity("verify");
         let report = verify(&repository, &url.item, &options, &activity.context).await.at(&url)?;
+        if report.snapshots == 0 && report.problems.is_empty() {
+            lookup::exists(&repository, &url).await?;
+        }
         drop(activity);
         let document =
             Document { url: url.to_string(), read_data: self.read_data, report: &report };
