@@ -16,7 +16,6 @@ use crate::format::block::BlockRef;
 use crate::format::node::Child;
 use crate::id::SnapshotId;
 use crate::index::DedupIndex;
-use crate::progress::Event;
 use crate::record::VolumeRecord;
 use crate::repository::Repository;
 use crate::source::Source;
@@ -278,7 +277,6 @@ impl Stage<'_> {
                 range.end - range.start,
                 job.before,
             )?;
-            ctx.progress.event(Event::Processed { bytes: done.data_bytes });
             let mut leaves = leaves.lock().unwrap_or_else(PoisonError::into_inner);
             leaves.1 += done.data_bytes;
             if let Some(child) = leaves.0.get_mut(job.segment) {

@@ -17,6 +17,9 @@ use crate::progress::Event;
 use crate::scan::{Piece, Scanner};
 use crate::source::Source;
 
+/// How often progress is reported.
+const REPORT_BYTES: u64 = 4 << 20;
+
 /// One thread's state. Buffers are reused from segment to segment.
 pub struct Worker<'a> {
     scanner: Scanner,
@@ -53,6 +56,7 @@ impl<'a> Worker<'a> {
             waiting: Vec::new(),
             stored: Vec::new(),
             leaf: Leaf::default(),
+            unreported: 0,
             known_frames: HashMap::new(),
         };
         Ok(Self { scanner: Scanner::new(chunking), assembler })
@@ -87,6 +91,8 @@ struct Assembler<'a> {
     waiting: Vec<usize>,
     stored: Vec<u8>,
     leaf: Leaf,
+    /// Bytes of chunks that no event has reported yet.
+    unreported: u64,
     /// Positions in `leaf.frames`.
     known_frames: HashMap<FrameLocation, u32>,
 }
@@ -111,6 +117,10 @@ impl Assembler<'_> {
     fn chunk(&mut self, bytes: &[u8]) -> Result<()> {
         let id = ChunkId::of(bytes);
         let len = bytes.len() as u32;
+        self.unreported += u64::from(len);
+        if self.unreported >= REPORT_BYTES {
+            self.report();
+        }
         if let Some(ChunkLocation { frame, offset }) = self.index.get(&id) {
             let frame = self.frame_position(frame);
             self.leaf.extents.push(Extent::Chunk(ChunkRef { id, len, frame, offset }));
@@ -179,8 +189,14 @@ impl Assembler<'_> {
         Ok(())
     }
 
+    fn report(&mut self) {
+        let bytes = std::mem::take(&mut self.unreported);
+        self.ctx.progress.event(Event::Processed { bytes });
+    }
+
     fn end(&mut self, before: Child) -> Result<Done> {
         self.flush()?;
+        self.report();
         let leaf = &self.leaf;
         let data_bytes = leaf.data_bytes();
         if data_bytes == 0 {
