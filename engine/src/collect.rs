@@ -210,7 +210,7 @@ impl View {
         }
         // 4: decisions.
         let decided = decided(repo).await?;
-        let records = repo.records(decided.iter().copied()).await?;
+        let records = repo.records(decided.iter().copied().collect()).await?;
         let committed: HashSet<SnapshotId> = records.iter().map(|record| record.id).collect();
         let aborted = decided.difference(&committed).copied().collect();
         // 5: roots.

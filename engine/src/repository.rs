@@ -142,7 +142,7 @@ impl Repository {
             }
         };
         let listed = self.listed(&prefix).await?;
-        let records = self.records(listed.iter().map(|entry| entry.session)).await?;
+        let records = self.records(listed.into_iter().map(|entry| entry.session).collect()).await?;
         if records.is_empty()
             && let Some(experiment) = experiment
         {
@@ -330,10 +330,7 @@ impl Repository {
     }
 
     /// Committed records of these sessions, oldest first.
-    pub(crate) async fn records(
-        &self,
-        sessions: impl IntoIterator<Item = SnapshotId>,
-    ) -> Result<Vec<SnapshotRecord>> {
+    pub(crate) async fn records(&self, sessions: Vec<SnapshotId>) -> Result<Vec<SnapshotRecord>> {
         let read = sessions.into_iter().map(|session| self.committed(session));
         let records = stream::iter(read).buffer_unordered(READS);
         let mut records: Vec<_> =

@@ -49,13 +49,14 @@ pub async fn segments(store: &dyn Store, volume: &VolumeRecord, ctx: &Context) -
         let child_bytes = node::child_bytes(level);
         let node_bytes = node::child_bytes(level + 1);
         let total = volume.len_bytes.div_ceil(child_bytes);
-        let read = children.iter().enumerate().map(|(n, child)| async move {
+        // By value: with references in it the future would not be Send for every lifetime.
+        let read = children.iter().copied().enumerate().map(|(n, child)| async move {
             let before = n as u64 * FAN_OUT as u64;
             let count = (total - before.min(total)).min(FAN_OUT as u64) as usize;
             match child {
                 Child::Zero => (n, Ok(vec![Child::Zero; count])),
                 Child::Block(block) => {
-                    let node = read_node(store, block, level, count, ctx).await;
+                    let node = read_node(store, &block, level, count, ctx).await;
                     (n, node.map(|node| node.children))
                 }
             }

@@ -2,7 +2,11 @@
 
 #![expect(clippy::expect_used, reason = "in support of tests a panic is the right way to fail")]
 
+pub mod host;
+pub mod lab;
 pub mod mount;
+pub mod recording;
 pub mod require;
 pub mod s3;
 pub mod scripted;
+pub mod volume;

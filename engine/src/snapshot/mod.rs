@@ -183,16 +183,15 @@ async fn write(
             VolumeJob::prepare(repo, source.clone(), before, &index, &mut budget, ctx).await?;
         volumes.push(job);
     }
-    let others = witnesses.iter().rev().flat_map(|record| {
+    for record in &witnesses {
         let is_parent = parent.is_some_and(|parent| parent.id == record.id);
-        record.volumes.iter().filter(move |volume| {
-            !is_parent || !request.volumes.iter().any(|(name, _)| *name == volume.name)
-        })
-    });
-    for volume in others {
-        if budget > 0 {
-            let leaves = tree::segments(repo.store(), volume, ctx).await?.leaves;
-            preload(repo, volume.len_bytes, &leaves, &index, &mut budget, ctx).await?;
+        for volume in &record.volumes {
+            let is_prepared =
+                is_parent && request.volumes.iter().any(|(name, _)| *name == volume.name);
+            if budget > 0 && !is_prepared {
+                let leaves = tree::segments(repo.store(), volume, ctx).await?.leaves;
+                preload(repo, volume.len_bytes, &leaves, &index, &mut budget, ctx).await?;
+            }
         }
     }
 

@@ -1,0 +1,20 @@
+//! The engine as a whole: what goes in comes out, whatever is damaged, fails, races or dies.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "in tests a panic is the right way to fail"
+)]
+
+mod collect;
+mod faults;
+mod incremental;
+mod roundtrip;
+mod sendable;
+
+use tokio::runtime::Runtime;
+
+/// A runtime for tests that are not asynchronous themselves.
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}

@@ -1,0 +1,49 @@
+//! Every operation can be given to `tokio::spawn`: checked by the compiler.
+
+use std::sync::Arc;
+
+use petra_engine::collect::{CollectOptions, collect};
+use petra_engine::diff::diff;
+use petra_engine::record::VolumeRecord;
+use petra_engine::restore::{RestoreOptions, restore, stream};
+use petra_engine::snapshot::{SnapshotRequest, snapshot};
+use petra_engine::store::Store;
+use petra_engine::target::FileTarget;
+use petra_engine::url::{Item, SnapshotRef};
+use petra_engine::usage::usage;
+use petra_engine::verify::{VerifyOptions, verify};
+use petra_engine::{Context, Repository, SnapshotId};
+
+fn spawn(work: impl Future + Send + 'static) {
+    drop(work);
+}
+
+#[expect(dead_code, reason = "it is enough that it compiles")]
+fn all_operations(
+    store: Arc<dyn Store>,
+    repo: Repository,
+    ctx: Context,
+    (request, volume, target): (SnapshotRequest, VolumeRecord, FileTarget),
+    (id, find, item): (SnapshotId, SnapshotRef, Item),
+) {
+    spawn(async move {
+        let repo = if item == Item::Repository { Repository::open(store).await? } else { repo };
+        snapshot(&repo, request, &ctx).await?;
+        restore(&repo, &volume, target, &RestoreOptions::default(), &ctx).await?;
+        let sink = Box::new(std::io::sink());
+        stream(&repo, &volume, sink, &RestoreOptions::default(), &ctx).await?;
+        verify(&repo, &item, &VerifyOptions::default(), &ctx).await?;
+        usage(&repo, &item, &ctx).await?;
+        diff(&repo, &volume, &volume, &ctx).await?;
+        repo.delete(id, &ctx).await?;
+        repo.find(&find).await?;
+        repo.snapshots(&item).await?;
+        repo.experiments().await?;
+        let options = CollectOptions {
+            grace: std::time::Duration::ZERO,
+            silent: std::time::Duration::ZERO,
+            dry_run: true,
+        };
+        collect(&repo, &options, &ctx).await
+    });
+}
