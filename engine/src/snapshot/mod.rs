@@ -79,7 +79,8 @@ pub enum Parent {
     Snapshot(SnapshotId),
 }
 
-/// Takes a snapshot. When it returns, the snapshot is durable and visible; on an error it is neither.
+/// Takes a snapshot. When it returns, the snapshot is durable and visible; on an error it is neither. Only where
+/// the store goes away during the commit itself, and stays away, can it be visible later although this failed.
 pub async fn snapshot(
     repo: &Repository,
     request: SnapshotRequest,
