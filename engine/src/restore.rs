@@ -253,6 +253,8 @@ impl<'a> Restore<'a> {
         let (object, detail) = match &error {
             Error::Missing { object, .. } => (object.clone(), "it is missing".to_owned()),
             Error::Damaged { object, detail } => (object.clone(), detail.clone()),
+            // One block of a newer version within an older repository: most likely a flipped bit.
+            Error::Version { object, .. } if self.keep_going => (object.clone(), error.to_string()),
             _ => return Err(error),
         };
         let ranges = join(ranges);
