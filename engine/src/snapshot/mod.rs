@@ -148,7 +148,9 @@ async fn relatives(repo: &Repository, request: &SnapshotRequest) -> Result<Vec<S
         Parent::Snapshot(id) => all.push(repo.find(&SnapshotRef::Id(id)).await?),
         Parent::Auto => {}
     }
-    let others = repo.relatives(&request.experiment, &request.run, MAX_WITNESSES).await?;
+    let others = repo.relatives(&request.experiment, &request.run, MAX_WITNESSES).await;
+    // A damaged mark costs duplicates, not the snapshot.
+    let others = others.or_else(|error| if error.is_damage() { Ok(vec![]) } else { Err(error) })?;
     for record in others {
         if !all.iter().any(|known| known.id == record.id) {
             all.push(record);

@@ -7,10 +7,13 @@
 )]
 
 mod collect;
+mod damage;
 mod faults;
 mod incremental;
+mod kill;
 mod roundtrip;
 mod sendable;
+mod sources;
 
 use tokio::runtime::Runtime;
 
