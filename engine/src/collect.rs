@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
+use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::context::Context;
@@ -17,7 +18,7 @@ use crate::key::{self, Key};
 use crate::progress::Event;
 use crate::publish::{Published, publish};
 use crate::record::{Decision, MarkKind, Pin, PinOwner, SnapshotRecord, kind};
-use crate::repository::{MarkState, Repository, mark, seal, stamp, timestamp, unseal};
+use crate::repository::{MarkState, READS, Repository, mark, seal, stamp, timestamp, unseal};
 use crate::store::{Entry, list_all};
 use crate::tree;
 
@@ -62,9 +63,9 @@ pub async fn collect(
 ) -> Result<CollectReport> {
     let mut report = CollectReport::default();
     purge(repo, options, &mut report, ctx).await?;
-    abort_silent(repo, options, &mut report, ctx).await?;
+    let aborted = abort_silent(repo, options, &mut report, ctx).await?;
     for _ in 0..ROUNDS {
-        if let Some(view) = View::read(repo, options, ctx).await? {
+        if let Some(view) = View::read(repo, options, &aborted, ctx).await? {
             sweep(repo, &view, options, &mut report, ctx).await?;
             return Ok(report);
         }
@@ -107,13 +108,13 @@ fn is_over(now: jiff::Timestamp, at: jiff::Timestamp, grace: Duration) -> bool {
     u128::try_from(age_ms).is_ok_and(|age| age >= grace.as_millis())
 }
 
-/// Aborts sessions that are undecided and have stored nothing for a while.
+/// Aborts sessions that are undecided and have stored nothing for a while; says which.
 async fn abort_silent(
     repo: &Repository,
     options: &CollectOptions,
     report: &mut CollectReport,
     ctx: &Context,
-) -> Result<()> {
+) -> Result<Vec<SnapshotId>> {
     let decided = decided(repo).await?;
     let mut last_seen: BTreeMap<SnapshotId, u64> = BTreeMap::new();
     let mut see = |session: SnapshotId, entry: &Entry| {
@@ -139,6 +140,7 @@ async fn abort_silent(
         }
     }
     let now = ctx.host.unix_ms();
+    let mut aborted = Vec::new();
     for (session, seen) in last_seen {
         ctx.check()?;
         let silent = u128::from(now.saturating_sub(seen)) >= options.silent.as_millis();
@@ -151,9 +153,10 @@ async fn abort_silent(
         if !options.dry_run && publish(repo.store(), &key, abort).await? != Published::Ours {
             continue;
         }
+        aborted.push(session);
         report.aborted_sessions += 1;
     }
-    Ok(())
+    Ok(aborted)
 }
 
 /// A pin; None when it is gone, which it is only after it became void.
@@ -170,6 +173,33 @@ async fn decided(repo: &Repository) -> Result<HashSet<SnapshotId>> {
     Ok(entries.iter().filter_map(|entry| key::parse_id(&entry.key, key::SNAPS)).collect())
 }
 
+/// The records of committed sessions, oldest first, and which sessions were aborted.
+async fn read_decisions(
+    repo: &Repository,
+    decided: &HashSet<SnapshotId>,
+) -> Result<(Vec<SnapshotRecord>, HashSet<SnapshotId>)> {
+    let read = decided.iter().copied().map(|id| async move { (id, repo.decision(id).await) });
+    let mut decisions = stream::iter(read).buffer_unordered(READS);
+    let (mut records, mut aborted) = (Vec::new(), HashSet::new());
+    while let Some((id, decision)) = decisions.next().await {
+        match decision? {
+            Some(Decision::Commit { snapshot, .. }) => records.push(*snapshot),
+            Some(Decision::Abort { .. }) => {
+                aborted.insert(id);
+            }
+            // Decisions are never removed: to take it for an abort would delete a snapshot's packs.
+            None => {
+                return Err(Error::Missing {
+                    object: Key::snap(id).to_string(),
+                    needed_by: "the listing that shows it".to_owned(),
+                });
+            }
+        }
+    }
+    records.sort_by_key(|record: &SnapshotRecord| record.id);
+    Ok((records, aborted))
+}
+
 fn catalogued(entry: &Entry) -> Option<SnapshotId> {
     entry.key.strip_prefix(key::RUNS)?.split('/').nth(2)?.parse().ok()
 }
@@ -179,6 +209,8 @@ struct View {
     marks: BTreeMap<SnapshotId, MarkState>,
     /// Pins, by owner.
     pins: Vec<(SnapshotId, Key)>,
+    /// Clones that need their pins no longer.
+    ended: HashSet<SnapshotId>,
     decided: HashSet<SnapshotId>,
     aborted: HashSet<SnapshotId>,
     live: HashSet<PackId>,
@@ -189,6 +221,7 @@ impl View {
     async fn read(
         repo: &Repository,
         options: &CollectOptions,
+        would_abort: &[SnapshotId],
         ctx: &Context,
     ) -> Result<Option<Self>> {
         // 2: marks and ends.
@@ -209,10 +242,12 @@ impl View {
             pins.push((id.session, key));
         }
         // 4: decisions.
-        let decided = decided(repo).await?;
-        let records = repo.records(decided.iter().copied().collect()).await?;
-        let committed: HashSet<SnapshotId> = records.iter().map(|record| record.id).collect();
-        let aborted = decided.difference(&committed).copied().collect();
+        let mut decided = decided(repo).await?;
+        let (records, aborted) = read_decisions(repo, &decided).await?;
+        if options.dry_run {
+            // As the aborts before it would have left the repository.
+            decided.extend(would_abort);
+        }
         // 5: roots.
         let purged =
             |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark == MarkKind::Purge);
@@ -238,13 +273,11 @@ impl View {
                 Ok(()) => {}
                 // 8: a purged root may lose its packs to another collector at any time.
                 Err(Error::Missing { .. }) if is_purged => {}
-                Err(error) if error.is_damage() && repo.is_purged(record.id).await? => {
-                    return Ok(None);
-                }
+                Err(Error::Missing { .. }) if repo.is_purged(record.id).await? => return Ok(None),
                 Err(error) => return Err(error),
             }
         }
-        Ok(Some(Self { marks, pins, decided, aborted, live }))
+        Ok(Some(Self { marks, pins, ended, decided, aborted, live }))
     }
 }
 
@@ -269,16 +302,19 @@ async fn walk(
             Child::Block(block) => {
                 live.insert(block.pack);
                 // By place, not by digest: two leaves of equal content may name different packs.
-                walked.insert((block.pack, block.offset))
+                !walked.contains(&(block.pack, block.offset))
             }
         });
         let fresh: Vec<_> = fresh.collect();
         for batch in fresh.chunks(tree::BATCH_SEGMENTS) {
             ctx.check()?;
-            for (_, leaf) in
-                tree::leaves(repo.store(), volume.len_bytes, batch.to_vec(), ctx).await?
-            {
+            let leaves = tree::leaves(repo.store(), volume.len_bytes, batch.to_vec(), ctx).await?;
+            for ((_, child), (_, leaf)) in batch.iter().zip(leaves) {
                 live.extend(leaf?.iter().flat_map(|leaf| &leaf.frames).map(|frame| frame.pack));
+                // Only now: where the walk ends early, other roots must still go through the rest.
+                if let Child::Block(block) = child {
+                    walked.insert((block.pack, block.offset));
+                }
             }
         }
     }
@@ -312,7 +348,7 @@ async fn sweep(
         return Ok(());
     }
     for (owner, key) in &view.pins {
-        if view.decided.contains(owner) {
+        if view.decided.contains(owner) || view.ended.contains(owner) {
             repo.store().delete(key).await?;
         }
     }

@@ -20,7 +20,7 @@ use crate::store::{Store, list_all};
 use crate::url::{Item, Selector, SnapshotRef};
 
 /// Requests in flight while many small objects are read.
-const READS: usize = 32;
+pub(crate) const READS: usize = 32;
 
 /// An open repository. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -165,18 +165,21 @@ impl Repository {
     }
 
     async fn by_id(&self, id: SnapshotId, run: Option<(&Name, &Name)>) -> Result<SnapshotRecord> {
-        let unknown = || Error::Unknown {
+        let record = self.committed(id).await?.ok_or_else(|| self.unknown_snapshot(id))?;
+        let elsewhere = run.is_some_and(|(e, r)| (e, r) != (&record.experiment, &record.run));
+        if elsewhere || self.is_deleted(id).await? {
+            return Err(self.unknown_snapshot(id));
+        }
+        Ok(record)
+    }
+
+    fn unknown_snapshot(&self, id: SnapshotId) -> Error {
+        Error::Unknown {
             what: "snapshot",
             name: id.to_string(),
             within: self.location(),
             known: vec![],
-        };
-        let record = self.committed(id).await?.ok_or_else(unknown)?;
-        let elsewhere = run.is_some_and(|(e, r)| (e, r) != (&record.experiment, &record.run));
-        if elsewhere || self.is_deleted(id).await? {
-            return Err(unknown());
         }
-        Ok(record)
     }
 
     async fn find_in_run(
@@ -248,9 +251,12 @@ impl Repository {
         }
     }
 
-    /// Marks a snapshot as deleted. Its data goes with a later collection.
+    /// Marks a snapshot as deleted. Its data goes with a later collection. Deleting it again changes nothing, so
+    /// a delete whose answer got lost can be repeated.
     pub async fn delete(&self, id: SnapshotId, ctx: &Context) -> Result<()> {
-        self.by_id(id, None).await?;
+        if self.committed(id).await?.is_none() {
+            return Err(self.unknown_snapshot(id));
+        }
         // Only after no mark or an Undelete: a Purge is final, and nothing may follow it.
         let k = match self.last_mark(id).await? {
             None => 1,

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, stream};
 use rayon::ThreadPool;
 use serde::Serialize;
 
@@ -253,6 +253,8 @@ impl<'a> Restore<'a> {
         let (object, detail) = match &error {
             Error::Missing { object, .. } => (object.clone(), "it is missing".to_owned()),
             Error::Damaged { object, detail } => (object.clone(), detail.clone()),
+            // One block of a newer version within an older repository: most likely a flipped bit.
+            Error::Version { object, .. } if self.keep_going => (object.clone(), error.to_string()),
             _ => return Err(error),
         };
         let ranges = join(ranges);
@@ -279,21 +281,44 @@ impl<'a> Restore<'a> {
         compare: bool,
     ) -> Result<Vec<(usize, SegmentLeaf)>> {
         let len_bytes = self.volume.len_bytes;
+        let ctx = self.stoppable();
         let jobs = leaves.into_iter().map(|(number, leaf)| {
-            let target = target.clone();
+            let (target, ctx) = (target.clone(), ctx.clone());
             let unreadable =
                 matches!(self.segments.get(number), Some(Child::Zero)) && self.is_lost(number);
-            on_pool(&self.pool, self.ctx, move || {
-                let Ok(leaf) = leaf else { return Ok((number, leaf)) };
-                if unreadable {
-                    return Ok((number, Ok(None)));
-                }
-                let range = tree::segment_range(len_bytes, number);
-                let leaf = prepare_segment(&target, range, leaf, compare)?;
-                Ok((number, Ok(leaf)))
-            })
+            let pool = self.pool.clone();
+            async move {
+                on_pool(&pool, &ctx, move || {
+                    let Ok(leaf) = leaf else { return Ok((number, leaf)) };
+                    if unreadable {
+                        return Ok((number, Ok(None)));
+                    }
+                    let range = tree::segment_range(len_bytes, number);
+                    let leaf = prepare_segment(&target, range, leaf, compare)?;
+                    Ok((number, Ok(leaf)))
+                })
+                .await
+            }
         });
-        stream::iter(jobs).buffered(self.ctx.limits.threads.max(1)).try_collect().await
+        let mut jobs = stream::iter(jobs).buffered(self.ctx.limits.threads.max(1));
+        let mut prepared = Vec::new();
+        while let Some(job) = jobs.next().await {
+            match job {
+                Ok(job) => prepared.push(job),
+                Err(error) => {
+                    ctx.cancel.cancel();
+                    while jobs.next().await.is_some() {}
+                    return Err(error);
+                }
+            }
+        }
+        Ok(prepared)
+    }
+
+    /// The context for what runs side by side: the first failure cancels the rest, and is returned only when all
+    /// has ended, so that nothing writes to the target afterwards.
+    fn stoppable(&self) -> Context {
+        Context { cancel: self.ctx.cancel.child_token(), ..self.ctx.clone() }
     }
 
     /// True for a segment below a node that could not be read: it only looks like zeros.
@@ -321,12 +346,17 @@ impl<'a> Restore<'a> {
             tag: plan,
         });
         let (store, sink) = (self.repo.shared_store(), self.sink.clone());
-        let (pool, ctx) = (self.pool.clone(), self.ctx.clone());
+        let (pool, ctx) = (self.pool.clone(), self.stoppable());
+        let stop = ctx.cancel.clone();
         let requests = coalesce(spans.collect()).into_iter().map(|request| {
             let (store, sink) = (store.clone(), sink.clone());
             let (pool, ctx) = (pool.clone(), ctx.clone());
             async move {
-                match request.fetch(&*store, &ctx).await {
+                let fetched = tokio::select! {
+                    fetched = request.fetch(&*store, &ctx) => fetched,
+                    () = ctx.cancel.cancelled() => Err(Error::Cancelled),
+                };
+                match fetched {
                     Ok(fetched) => {
                         let progress = ctx.clone();
                         on_pool(&pool, &ctx, move || {
@@ -344,16 +374,22 @@ impl<'a> Restore<'a> {
             }
         });
         let mut outcomes = stream::iter(requests).buffer_unordered(REQUESTS_IN_FLIGHT);
+        let mut result = Ok(());
         while let Some(outcome) = outcomes.next().await {
-            let outcome = outcome?;
-            self.report.gets += 1;
-            self.report.fetched_bytes += outcome.fetched_bytes;
-            self.report.written_bytes += outcome.written_bytes;
-            for (error, ranges) in outcome.damaged {
-                self.damage(error, ranges)?;
+            let noted = outcome.and_then(|outcome| self.note(outcome));
+            if result.is_ok() && noted.is_err() {
+                stop.cancel();
+                result = noted;
             }
         }
-        Ok(())
+        result
+    }
+
+    fn note(&mut self, outcome: Outcome) -> Result<()> {
+        self.report.gets += 1;
+        self.report.fetched_bytes += outcome.fetched_bytes;
+        self.report.written_bytes += outcome.written_bytes;
+        outcome.damaged.into_iter().try_for_each(|(error, ranges)| self.damage(error, ranges))
     }
 
     /// Damage that was found since the last call, when the restore keeps going.
@@ -373,6 +409,8 @@ pub(crate) fn worker_pool(ctx: &Context) -> Result<Arc<ThreadPool>> {
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(ctx.limits.threads.max(1))
         .thread_name(|n| format!("petra-worker-{n}"))
+        // Whoever waits for the work learns of it; without a handler the process would end.
+        .panic_handler(|_| {})
         .build();
     pool.map(Arc::new).map_err(|_| Error::Internal("no worker threads can be started"))
 }

@@ -82,7 +82,10 @@ impl Session {
             Published::Theirs(body) => {
                 // It can only be a collector's Abort; anything else is damage and says so.
                 return match unseal(kind::DECISION, &key, &body)? {
-                    Decision::Abort { .. } => Err(Error::Lost { session: self.id }),
+                    Decision::Abort { .. } => {
+                        self.unpin().await;
+                        Err(Error::Lost { session: self.id })
+                    }
                     Decision::Commit { .. } => Err(Error::Internal("two writers share a session")),
                 };
             }

@@ -50,6 +50,13 @@ pub struct FileSource {
 impl FileSource {
     /// Opens a source.
     pub fn open(path: &Path) -> Result<Self> {
+        let refuse =
+            || Error::Request(format!("{} is neither a file nor a block device", path.display()));
+        // Looked at first, since to open a pipe is to wait for its writer, and some devices act when opened.
+        let kind = path.metadata().map_err(Error::io("open", path))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(refuse());
+        }
         let file = File::open(path).map_err(Error::io("open", path))?;
         let metadata = file.metadata().map_err(Error::io("read the size of", path))?;
         let kind = metadata.file_type();
@@ -59,10 +66,7 @@ impl FileSource {
             let end = seek(&file, SeekFrom::End(0));
             (end.map_err(|e| Error::io("read the size of", path)(e.into()))?, None)
         } else {
-            return Err(Error::Request(format!(
-                "{} is neither a file nor a block device",
-                path.display()
-            )));
+            return Err(refuse());
         };
         if len_bytes > crate::format::MAX_VOLUME_BYTES {
             return Err(Error::Request(format!("{} is larger than 1 PiB", path.display())));
@@ -115,8 +119,11 @@ impl Source for FileSource {
         if start >= self.len_bytes {
             return Ok(None);
         }
-        let end = seek(&self.file, SeekFrom::Hole(start));
-        let end = end.map_err(|e| Error::io("find data in", &self.path)(e.into()))?;
+        let end = match seek(&self.file, SeekFrom::Hole(start)) {
+            Ok(end) => end,
+            Err(Errno::NXIO) => return Err(self.changed("it became shorter")),
+            Err(error) => return Err(Error::io("find data in", &self.path)(error.into())),
+        };
         Ok(Some(start..end.min(self.len_bytes)))
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, FlockOperation, RenameFlags, SeekFrom, fallocate, flock, seek};
@@ -38,13 +38,7 @@ impl FileTarget {
         let mut partial = path.as_os_str().to_owned();
         partial.push(".partial");
         let partial = PathBuf::from(partial);
-        let open =
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&partial);
-        let file = open.map_err(Error::io("create", &partial))?;
-        // What an interrupted restore left is overwritten; one that still runs is not.
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(refuse(path, "another restore is writing it"));
-        }
+        let file = lock_partial(path, &partial)?;
         file.set_len(0)
             .and_then(|()| file.set_len(len_bytes))
             .map_err(Error::io("resize", &partial))?;
@@ -135,6 +129,34 @@ impl FileTarget {
         }
         self.finished = true;
         Ok(())
+    }
+}
+
+/// Opens the file of a restore in progress for this one alone. What an interrupted restore left is overwritten; one
+/// that still runs is not.
+fn lock_partial(path: &Path, partial: &Path) -> Result<File> {
+    loop {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let file = options.open(partial).map_err(Error::io("create", partial))?;
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(refuse(path, "another restore is writing it"));
+        }
+        // Another restore may have ended between the two: then this file bears its final name by now, or none.
+        let ours = file.metadata().map_err(Error::io("open", partial))?;
+        let there = partial.symlink_metadata();
+        let is_there =
+            there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino()));
+        if path.symlink_metadata().is_ok() {
+            if is_there {
+                // Nothing else can be done about a file that can't be removed.
+                let _ = std::fs::remove_file(partial);
+            }
+            return Err(refuse(path, "it exists already"));
+        }
+        if is_there {
+            return Ok(file);
+        }
     }
 }
 

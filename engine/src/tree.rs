@@ -71,7 +71,7 @@ pub async fn segments(store: &dyn Store, volume: &VolumeRecord, ctx: &Context) -
                     }
                     next.extend(grandchildren);
                 }
-                Err(error) if error.is_damage() => {
+                Err(error) if error.is_damage() || matches!(error, Error::Version { .. }) => {
                     let start = n as u64 * node_bytes;
                     let end = start.saturating_add(node_bytes).min(volume.len_bytes);
                     let count = (end - start).div_ceil(child_bytes) as usize;

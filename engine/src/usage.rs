@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::context::Context;
 use crate::error::Result;
 use crate::format::node::Child;
-use crate::id::{Digest, PackId, SnapshotId};
+use crate::id::{PackId, SnapshotId};
 use crate::name::Name;
 use crate::record::SnapshotRecord;
 use crate::repository::Repository;
@@ -137,7 +137,7 @@ fn rows(records: &[SnapshotRecord]) -> (Vec<UsageRow>, Vec<Place>) {
 async fn pieces(
     repo: &Repository,
     record: &SnapshotRecord,
-    seen: &mut HashSet<Digest>,
+    seen: &mut HashSet<Piece>,
     ctx: &Context,
 ) -> Result<Vec<(Piece, u32)>> {
     let mut pieces = Vec::new();
@@ -153,7 +153,8 @@ async fn pieces(
                 Child::Zero => false,
                 Child::Block(block) => {
                     pieces.push(((block.pack, block.offset), block.len));
-                    seen.insert(block.digest)
+                    // By place, not by content: leaves of equal content may list different frames.
+                    seen.insert((block.pack, block.offset))
                 }
             })
             .collect();

@@ -342,6 +342,7 @@ fn describe(error: &Error) -> (String, String) {
     match error {
         Error::Missing { object, .. } => (object.clone(), "it is missing".to_owned()),
         Error::Damaged { object, detail } => (object.clone(), detail.clone()),
+        Error::Version { object, .. } => (object.clone(), error.to_string()),
         other => ("manifest".to_owned(), other.to_string()),
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod host;
 pub mod lab;
+pub mod loop_device;
 pub mod mount;
 pub mod recording;
 pub mod require;

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use petra_engine::Result;
+use petra_engine::scan::is_zero;
 use petra_engine::source::{FileSource, Source};
 
 /// The model's unit.
@@ -80,7 +81,7 @@ impl Volume {
             let (_, place) = block.split_at_mut(within as usize);
             let (place, _) = place.split_at_mut(step as usize);
             place.copy_from_slice(bytes.split_at(from).1.split_at(step as usize).0);
-            if block.iter().all(|byte| *byte == 0) {
+            if is_zero(block) {
                 self.blocks.remove(&number);
             }
             done += step;
@@ -155,7 +156,9 @@ impl Volume {
         let mut at = 0;
         loop {
             let data = [&file as &dyn Source, self].map(|s| s.next_data(at).expect("a data map"));
-            let range = data.into_iter().flatten().min_by_key(|range| range.start)?;
+            let Some(range) = data.into_iter().flatten().min_by_key(|range| range.start) else {
+                return None;
+            };
             let range = range.start.max(at)..range.end.min(range.start.max(at) + STEP);
             let mut bytes = vec![0; (range.end - range.start) as usize];
             file.read_at(&mut bytes, range.start).expect("bytes to compare");
@@ -227,6 +230,12 @@ impl Write for Comparison {
         let end = self.at + len as u64;
         if end > self.volume.len {
             return Err(io::Error::other(format!("more than {} bytes came", self.volume.len)));
+        }
+        // Most of a sparse volume.
+        let mut blocks = self.volume.blocks.range(self.at / BLOCK..end.div_ceil(BLOCK));
+        if blocks.next().is_none() && is_zero(bytes) {
+            self.at = end;
+            return Ok(len);
         }
         let expected = self.volume.read(self.at..end);
         if bytes != expected {

@@ -79,7 +79,8 @@ pub enum Parent {
     Snapshot(SnapshotId),
 }
 
-/// Takes a snapshot. When it returns, the snapshot is durable and visible; on an error it is neither.
+/// Takes a snapshot. When it returns, the snapshot is durable and visible; on an error it is neither. Only where
+/// the store goes away during the commit itself, and stays away, can it be visible later although this failed.
 pub async fn snapshot(
     repo: &Repository,
     request: SnapshotRequest,
@@ -147,7 +148,9 @@ async fn relatives(repo: &Repository, request: &SnapshotRequest) -> Result<Vec<S
         Parent::Snapshot(id) => all.push(repo.find(&SnapshotRef::Id(id)).await?),
         Parent::Auto => {}
     }
-    let others = repo.relatives(&request.experiment, &request.run, MAX_WITNESSES).await?;
+    let others = repo.relatives(&request.experiment, &request.run, MAX_WITNESSES).await;
+    // A damaged mark costs duplicates, not the snapshot.
+    let others = others.or_else(|error| if error.is_damage() { Ok(vec![]) } else { Err(error) })?;
     for record in others {
         if !all.iter().any(|known| known.id == record.id) {
             all.push(record);

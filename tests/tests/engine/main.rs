@@ -6,9 +6,14 @@
     reason = "in tests a panic is the right way to fail"
 )]
 
+mod collect;
+mod damage;
+mod faults;
 mod incremental;
+mod kill;
 mod roundtrip;
 mod sendable;
+mod sources;
 
 use tokio::runtime::Runtime;
 
