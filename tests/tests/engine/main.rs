@@ -9,6 +9,7 @@
 mod collect;
 mod damage;
 mod faults;
+mod fixtures;
 mod incremental;
 mod kill;
 mod roundtrip;
