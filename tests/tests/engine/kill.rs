@@ -65,6 +65,7 @@ fn child() {
 }
 
 /// Lets a child work for a while, different each time, and kills it.
+#[expect(clippy::print_stdout, reason = "shown when the test fails")]
 fn kill_after(mut child: Child, round: u64) {
     let millis = 5 + u64::from(noise(round, 1)[0]) * 3 / 4;
     println!("round {round}: killed after {millis} ms");

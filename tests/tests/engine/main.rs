@@ -15,6 +15,7 @@ mod kill;
 mod roundtrip;
 mod sendable;
 mod sources;
+mod traffic;
 
 use tokio::runtime::Runtime;
 
