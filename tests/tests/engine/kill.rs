@@ -4,7 +4,7 @@ use std::env;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use petra_engine::restore::{RestoreOptions, restore};
 use petra_engine::snapshot::snapshot;
@@ -46,7 +46,9 @@ fn child() {
     let dir = Path::new(&dir);
     runtime().block_on(async {
         let repo = Repository::open(Arc::new(LocalStore::new(&dir.join("repo")))).await.unwrap();
-        loop {
+        // Whoever should kill it may have died first.
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(20) {
             if verb == "snapshot" {
                 let source = FileSource::open(&dir.join("source")).unwrap();
                 let request = request_of("r", vec![(name("v"), Arc::new(source))]);
