@@ -155,8 +155,8 @@ impl SegmentBuffer {
     fn begin(&self, range: Range<u64>) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.0 = range.start;
-        state.1.clear();
-        state.1.resize((range.end - range.start) as usize, 0);
+        // Fresh memory is zeros already: what is sparse costs no work.
+        state.1 = vec![0; (range.end - range.start) as usize];
     }
 
     fn drain_to(&self, out: &mut dyn std::io::Write) -> std::io::Result<()> {

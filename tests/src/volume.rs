@@ -156,9 +156,7 @@ impl Volume {
         let mut at = 0;
         loop {
             let data = [&file as &dyn Source, self].map(|s| s.next_data(at).expect("a data map"));
-            let Some(range) = data.into_iter().flatten().min_by_key(|range| range.start) else {
-                return None;
-            };
+            let range = data.into_iter().flatten().min_by_key(|range| range.start)?;
             let range = range.start.max(at)..range.end.min(range.start.max(at) + STEP);
             let mut bytes = vec![0; (range.end - range.start) as usize];
             file.read_at(&mut bytes, range.start).expect("bytes to compare");

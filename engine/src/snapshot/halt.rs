@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::error::{Error, Result};
 
@@ -28,6 +28,11 @@ impl Halt {
     /// True once the parts should stop.
     pub fn is_set(&self) -> bool {
         self.token.is_cancelled()
+    }
+
+    /// Stops all parts when it is dropped: also when the caller gives up on the whole without waiting for its end.
+    pub fn guard(&self) -> DropGuard {
+        self.token.clone().drop_guard()
     }
 
     /// Waits until the parts should stop.

@@ -112,8 +112,9 @@ pub async fn upload(
             settle(puts.join_next().await, &counts, &halt, &ctx);
         }
         let pack = tokio::select! {
-            pack = complete.recv() => pack,
+            biased;
             () = halt.wait() => None,
+            pack = complete.recv() => pack,
         };
         let Some(pack) = pack else { break };
         let store = repo.shared_store();

@@ -131,6 +131,8 @@ impl Pipeline {
 
     /// Goes through all volumes. When it returns, every pack is acknowledged.
     pub async fn run(self, volumes: Vec<VolumeJob>) -> Result<Written> {
+        // The parts are tasks of their own, which would go on after this future was dropped.
+        let _guard = self.halt.guard();
         let counts = Arc::new(Counts::default());
         let (complete, packs) = mpsc::channel(1);
         let (jobs, queue) = mpsc::channel(2 * self.ctx.limits.threads.max(1));

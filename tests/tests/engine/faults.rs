@@ -4,7 +4,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use petra_engine::restore::{RestoreOptions, restore};
+use petra_engine::progress::{Event, Progress};
+use petra_engine::restore::{RestoreOptions, restore, stream};
 use petra_engine::snapshot::snapshot;
 use petra_engine::source::Source;
 use petra_engine::store::{MemoryStore, StoreErrorCause};
@@ -12,7 +13,7 @@ use petra_engine::target::FileTarget;
 use petra_engine::url::Item;
 use petra_engine::{Error, Repository, SnapshotId};
 use petra_tests::lab::{
-    assert_tidy, check, collect_all, context, init, name, request_of, take, verify_all,
+    assert_tidy, check, collect_all, context, init, name, request, request_of, take, verify_all,
 };
 use petra_tests::recording::{Fate, Operation, Recording};
 use petra_tests::volume::{Volume, noise};
@@ -44,7 +45,8 @@ fn third() -> Volume {
     second().with(80_000, &noise(3, 5_000))
 }
 
-/// Runs `work` with a fault at its `n`-th request. None when it crashed there, and `false` when it has no so many.
+/// Runs `work` with a fault at its `n`-th request: what it gave, if it did not crash there, and whether it came so
+/// far.
 async fn with_fault<T>(
     store: &Recording,
     n: usize,
@@ -57,7 +59,7 @@ async fn with_fault<T>(
         Fault::Unacknowledged => store.nth(n, Fate::LoseAnswer),
         Fault::Crash => store.from_nth(n, Fate::Hang),
     }
-    let mut work = std::pin::pin!(work);
+    let mut work = Box::pin(work);
     let done = loop {
         tokio::select! {
             done = &mut work => break Some(done),
@@ -69,6 +71,11 @@ async fn with_fault<T>(
         }
     };
     let met = store.log().len() > n;
+    drop(work);
+    if fault == Fault::Crash {
+        // Tasks of the dropped work notice.
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     store.reset();
     (done, met)
 }
@@ -258,4 +265,50 @@ async fn a_cancelled_or_failed_restore_leaves_no_file() {
         let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
         assert!(left.is_empty(), "{left:?}");
     }
+}
+
+/// Who drops a snapshot's future wants it to end, not to go on where nobody sees it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_snapshot_stores_no_more() {
+    let (store, repo, _) = new_repo().await;
+    let gate = petra_tests::recording::Gate::default();
+    let volume = Volume::noise(7, 70 << 20);
+    store.first(|call| call.is(Operation::Put, "packs/"), Fate::Pause(gate.clone()));
+    let running = tokio::spawn({
+        let repo = repo.clone();
+        async move { take(&repo, &volume).await }
+    });
+    gate.reached().await;
+    running.abort();
+    assert!(running.await.unwrap_err().is_cancelled());
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let before = store.log().len();
+    gate.open();
+    tokio::time::sleep(Duration::from_millis(1_000)).await;
+    assert_eq!(store.log().len(), before, "{:?}", store.log());
+    store.reset();
+    assert_tidy(&repo).await;
+}
+
+#[derive(Debug)]
+struct Panicking;
+
+impl Progress for Panicking {
+    fn event(&self, event: Event<'_>) {
+        assert!(!matches!(event, Event::Processed { .. }), "on purpose");
+    }
+}
+
+/// A defect in a worker is an error of its operation, not the end of the process or a wait for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_panic_in_a_worker_is_an_error() {
+    let (_, repo, _) = new_repo().await;
+    let record = repo.snapshots(&Item::Repository).await.unwrap().remove(0);
+    let ctx = petra_engine::Context { progress: Arc::new(Panicking), ..context() };
+    let out = Box::new(std::io::sink());
+    let restored = stream(&repo, &record.volumes[0], out, &RestoreOptions::default(), &ctx).await;
+    assert!(matches!(restored, Err(Error::Internal(_))), "{restored:?}");
+    let taken = snapshot(&repo, request("r", &[("v", &second())]), &ctx).await;
+    assert!(matches!(taken, Err(Error::Internal(_))), "{taken:?}");
+    assert_eq!(repo.snapshots(&Item::Repository).await.unwrap(), [record]);
 }

@@ -4,7 +4,7 @@ use std::env;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use petra_engine::restore::{RestoreOptions, restore};
 use petra_engine::snapshot::snapshot;
@@ -46,7 +46,9 @@ fn child() {
     let dir = Path::new(&dir);
     runtime().block_on(async {
         let repo = Repository::open(Arc::new(LocalStore::new(&dir.join("repo")))).await.unwrap();
-        loop {
+        // Whoever should kill it may have died first.
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_secs(20) {
             if verb == "snapshot" {
                 let source = FileSource::open(&dir.join("source")).unwrap();
                 let request = request_of("r", vec![(name("v"), Arc::new(source))]);
@@ -65,6 +67,7 @@ fn child() {
 }
 
 /// Lets a child work for a while, different each time, and kills it.
+#[expect(clippy::print_stdout, reason = "shown when the test fails")]
 fn kill_after(mut child: Child, round: u64) {
     let millis = 5 + u64::from(noise(round, 1)[0]) * 3 / 4;
     println!("round {round}: killed after {millis} ms");

@@ -9,11 +9,13 @@
 mod collect;
 mod damage;
 mod faults;
+mod fixtures;
 mod incremental;
 mod kill;
 mod roundtrip;
 mod sendable;
 mod sources;
+mod traffic;
 
 use tokio::runtime::Runtime;
 
