@@ -1,5 +1,7 @@
 //! The stages of a snapshot and a restore, one by one: `cargo bench -p petra-benches`.
 
+#![expect(clippy::expect_used, reason = "a measurement that can't run has nothing to report")]
+
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
 use petra_benches::{random, text};
