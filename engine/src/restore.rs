@@ -26,6 +26,7 @@ use crate::id::ChunkId;
 use crate::key::Key;
 use crate::progress::Event;
 use crate::record::VolumeRecord;
+use crate::relocation;
 use crate::repository::Repository;
 use crate::scan::is_zero;
 use crate::target::{FileTarget, Sink};
@@ -216,7 +217,7 @@ impl<'a> Restore<'a> {
     ) -> Result<Self> {
         let started_ms = ctx.host.unix_ms();
         let pool = worker_pool(ctx)?;
-        let segments = tree::segments(repo.store(), volume, ctx).await?;
+        let segments = tree::segments(repo, volume, ctx).await?;
         ctx.progress.event(Event::Planned { bytes: volume.data_bytes });
         let report = RestoreReport { len_bytes: volume.len_bytes, ..RestoreReport::default() };
         let mut work = Self {
@@ -245,7 +246,7 @@ impl<'a> Restore<'a> {
         &self,
         batch: Vec<(usize, Child)>,
     ) -> Result<Vec<(usize, SegmentLeaf)>> {
-        tree::leaves(self.repo.store(), self.volume.len_bytes, batch, self.ctx).await
+        tree::leaves(self.repo, self.volume.len_bytes, batch, self.ctx).await
     }
 
     /// Notes damage, or fails with it unless the restore keeps going.
@@ -339,40 +340,12 @@ impl<'a> Restore<'a> {
                 Err(error) => self.damage(error, vec![range])?,
             }
         }
-        let spans = frames.into_iter().map(|plan| Span {
-            pack: plan.0.pack,
-            offset: plan.0.offset,
-            len: plan.0.stored_len,
-            tag: plan,
-        });
-        let (store, sink) = (self.repo.shared_store(), self.sink.clone());
-        let (pool, ctx) = (self.pool.clone(), self.stoppable());
+        let ctx = self.stoppable();
         let stop = ctx.cancel.clone();
-        let requests = coalesce(spans.collect()).into_iter().map(|request| {
-            let (store, sink) = (store.clone(), sink.clone());
-            let (pool, ctx) = (pool.clone(), ctx.clone());
-            async move {
-                let fetched = tokio::select! {
-                    fetched = request.fetch(&*store, &ctx) => fetched,
-                    () = ctx.cancel.cancelled() => Err(Error::Cancelled),
-                };
-                match fetched {
-                    Ok(fetched) => {
-                        let progress = ctx.clone();
-                        on_pool(&pool, &ctx, move || {
-                            write_request(&request, &fetched, &*sink, &progress)
-                        })
-                        .await
-                    }
-                    Err(error) if error.is_damage() => {
-                        let ranges =
-                            request.spans.iter().flat_map(|span| ranges(&span.tag)).collect();
-                        Ok(Outcome { damaged: vec![(error, ranges)], ..Outcome::default() })
-                    }
-                    Err(error) => Err(error),
-                }
-            }
-        });
+        let job =
+            Job { repo: self.repo.clone(), sink: self.sink.clone(), pool: self.pool.clone(), ctx };
+        let frames = frames.into_iter().collect();
+        let requests = coalesce(spans(frames)).into_iter().map(|request| job.run(request, 0));
         let mut outcomes = stream::iter(requests).buffer_unordered(REQUESTS_IN_FLIGHT);
         let mut result = Ok(());
         while let Some(outcome) = outcomes.next().await {
@@ -386,7 +359,7 @@ impl<'a> Restore<'a> {
     }
 
     fn note(&mut self, outcome: Outcome) -> Result<()> {
-        self.report.gets += 1;
+        self.report.gets += outcome.gets;
         self.report.fetched_bytes += outcome.fetched_bytes;
         self.report.written_bytes += outcome.written_bytes;
         outcome.damaged.into_iter().try_for_each(|(error, ranges)| self.damage(error, ranges))
@@ -430,6 +403,72 @@ pub(crate) async fn on_pool<T: Send + 'static>(
     result.await.map_err(|_| Error::Internal("a worker panicked"))?
 }
 
+/// What fetching and writing needs.
+struct Job {
+    repo: Repository,
+    sink: Arc<dyn Sink>,
+    pool: Arc<ThreadPool>,
+    ctx: Context,
+}
+
+impl Job {
+    /// Fetches, verifies and writes all that one request is for; where its pack was moved, from the new place.
+    async fn run(&self, request: Request<FramePlan>, moves: usize) -> Result<Outcome> {
+        let fetched = tokio::select! {
+            fetched = request.fetch(&self.repo, &self.ctx) => fetched,
+            () = self.ctx.cancel.cancelled() => Err(Error::Cancelled),
+        };
+        match fetched {
+            Ok(fetched) => {
+                let (sink, ctx) = (self.sink.clone(), self.ctx.clone());
+                let work = move || write_request(&request, &fetched, &*sink, &ctx);
+                on_pool(&self.pool, &self.ctx, work).await
+            }
+            Err(Error::Missing { .. }) if moves < relocation::MAX_MOVES => {
+                self.run_moved(request, moves).await
+            }
+            Err(error) if error.is_damage() => Ok(Outcome::lost(error, &request)),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn run_moved(&self, request: Request<FramePlan>, moves: usize) -> Result<Outcome> {
+        let relocations = self.repo.relocations(request.pack).await?;
+        let mut outcome = Outcome::default();
+        let mut moved: HashMap<FrameLocation, Vec<Placement>> = HashMap::new();
+        for span in &request.spans {
+            for placement in &span.tag.1 {
+                let at = (span.offset, placement.offset, placement.len);
+                match relocations.iter().find_map(|r| r.chunk(at.0, at.1, at.2)) {
+                    Some((frame, offset)) => {
+                        moved.entry(frame).or_default().push(Placement { offset, ..*placement });
+                    }
+                    None => {
+                        let object = Key::pack(request.pack).to_string();
+                        let needed_by = "a committed snapshot".to_owned();
+                        let error = Error::Missing { object, needed_by };
+                        outcome.damaged.push((error, vec![placement.range()]));
+                    }
+                }
+            }
+        }
+        for request in coalesce(spans(moved.into_iter().collect())) {
+            outcome.add(Box::pin(self.run(request, moves + 1)).await?);
+        }
+        Ok(outcome)
+    }
+}
+
+fn spans(plans: Vec<FramePlan>) -> Vec<Span<FramePlan>> {
+    let span = |plan: FramePlan| Span {
+        pack: plan.0.pack,
+        offset: plan.0.offset,
+        len: plan.0.stored_len,
+        tag: plan,
+    };
+    plans.into_iter().map(span).collect()
+}
+
 fn plan(leaf: &Leaf, start: u64, frames: &mut HashMap<FrameLocation, Vec<Placement>>) {
     for (at, chunk) in leaf.chunks() {
         if let Some(location) = leaf.frames.get(chunk.frame as usize) {
@@ -469,7 +508,23 @@ fn describe(ranges: &[ByteRange]) -> String {
 struct Outcome {
     fetched_bytes: u64,
     written_bytes: u64,
+    gets: u64,
     damaged: Vec<(Error, Vec<Range<u64>>)>,
+}
+
+impl Outcome {
+    /// Nothing came of a request.
+    fn lost(error: Error, request: &Request<FramePlan>) -> Self {
+        let ranges = request.spans.iter().flat_map(|span| ranges(&span.tag)).collect();
+        Self { gets: 1, damaged: vec![(error, ranges)], ..Self::default() }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.fetched_bytes += other.fetched_bytes;
+        self.written_bytes += other.written_bytes;
+        self.gets += other.gets;
+        self.damaged.extend(other.damaged);
+    }
 }
 
 /// Decompresses, verifies and writes all that one request brought.
@@ -479,7 +534,7 @@ fn write_request(
     sink: &dyn Sink,
     ctx: &Context,
 ) -> Result<Outcome> {
-    let mut outcome = Outcome { fetched_bytes: fetched.len_bytes(), ..Outcome::default() };
+    let mut outcome = Outcome { fetched_bytes: fetched.len_bytes(), gets: 1, ..Outcome::default() };
     let mut raw = Vec::new();
     for span in &request.spans {
         ctx.check()?;

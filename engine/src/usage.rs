@@ -142,7 +142,7 @@ async fn pieces(
 ) -> Result<Vec<(Piece, u32)>> {
     let mut pieces = Vec::new();
     for volume in &record.volumes {
-        let segments = tree::segments(repo.store(), volume, ctx).await?;
+        let segments = tree::segments(repo, volume, ctx).await?;
         if let Some(unreadable) = segments.unreadable.into_iter().next() {
             return Err(unreadable.error);
         }
@@ -160,9 +160,7 @@ async fn pieces(
             .collect();
         for batch in fresh.chunks(tree::BATCH_SEGMENTS) {
             ctx.check()?;
-            for (_, leaf) in
-                tree::leaves(repo.store(), volume.len_bytes, batch.to_vec(), ctx).await?
-            {
+            for (_, leaf) in tree::leaves(repo, volume.len_bytes, batch.to_vec(), ctx).await? {
                 let Some(leaf) = leaf? else { continue };
                 pieces.extend(leaf.frames.iter().map(|f| ((f.pack, f.offset), f.stored_len)));
             }

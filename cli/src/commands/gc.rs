@@ -45,8 +45,12 @@ impl Gc {
             )));
         }
         let repository = session.open(&url).await?;
-        let options =
-            CollectOptions { grace: self.grace, silent: self.silent, dry_run: self.dry_run };
+        let options = CollectOptions {
+            grace: self.grace,
+            silent: self.silent,
+            dry_run: self.dry_run,
+            ..CollectOptions::default()
+        };
         let activity = session.activity("gc");
         let report = collect(&repository, &options, &activity.context).await.at(&url)?;
         drop(activity);

@@ -77,7 +77,7 @@ impl VolumeJob {
         ctx: &Context,
     ) -> Result<Self> {
         let (segments, before_len) = match before {
-            Some(before) => (tree::segments(repo.store(), before, ctx).await?, before.len_bytes),
+            Some(before) => (tree::segments(repo, before, ctx).await?, before.len_bytes),
             None => (Segments::default(), 0),
         };
         let mut before = segments.leaves;
@@ -170,8 +170,7 @@ impl Pipeline {
                     && job.segment >= volume.preloaded
                 {
                     let range = tree::segment_range(volume.before_len, job.segment);
-                    match tree::read_leaf(self.repo.store(), &block, range.end - range.start).await
-                    {
+                    match tree::read_leaf(&self.repo, &block, range.end - range.start).await {
                         Ok(leaf) => {
                             remember(&self.index, &leaf);
                         }
