@@ -213,7 +213,8 @@ impl Repository {
     async fn by_id(&self, id: SnapshotId, run: Option<(&Name, &Name)>) -> Result<SnapshotRecord> {
         let record = self.committed(id).await?.ok_or_else(|| self.unknown_snapshot(id))?;
         let elsewhere = run.is_some_and(|(e, r)| (e, r) != (&record.experiment, &record.run));
-        if elsewhere || self.is_deleted(id).await? {
+        let dead = self.is_deleted(id).await? || self.graves().await?.contains(id);
+        if elsewhere || dead {
             return Err(self.unknown_snapshot(id));
         }
         Ok(record)
@@ -360,12 +361,24 @@ impl Repository {
         Ok(last.is_some_and(|state| state.mark != MarkKind::Undelete))
     }
 
-    /// True when the data of a snapshot may be gone: a Purge mark is there, which is always the last one, or it was
-    /// removed with all else of the snapshot. The graves are read last: a mark that is gone by then is in one.
+    /// True when the data of a snapshot may be gone: a Purge mark is there, which is always the last one, or was
+    /// removed with all else of the snapshot.
     pub(crate) async fn is_purged(&self, id: SnapshotId) -> Result<bool> {
-        let last = self.last_mark(id).await?;
-        let purged = last.is_some_and(|state| state.mark == MarkKind::Purge);
-        Ok(purged || self.graves().await?.contains(id))
+        Ok(self.unpurged(&[id]).await?.is_empty())
+    }
+
+    /// Those of some snapshots that are not purged.
+    pub(crate) async fn unpurged(&self, snapshots: &[SnapshotId]) -> Result<Vec<SnapshotId>> {
+        let mut unpurged = Vec::with_capacity(snapshots.len());
+        for id in snapshots {
+            if self.last_mark(*id).await?.is_none_or(|state| state.mark != MarkKind::Purge) {
+                unpurged.push(*id);
+            }
+        }
+        // The graves come last: a mark that was gone already is in one.
+        let graves = self.graves().await?;
+        unpurged.retain(|id| !graves.contains(*id));
+        Ok(unpurged)
     }
 
     /// What was decided about a session; None while it is undecided.
@@ -419,7 +432,10 @@ impl Repository {
         let marks = self.marks().await?;
         let gone =
             |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark != MarkKind::Undelete);
-        listed.retain(|entry| decided.contains(&entry.session) && !gone(&entry.session));
+        let graves = self.graves().await?;
+        listed.retain(|Listed { session, .. }| {
+            decided.contains(session) && !gone(session) && !graves.contains(*session)
+        });
         Ok(listed)
     }
 

@@ -8,7 +8,7 @@
 //!   workers     decompress, verify every chunk, write           (rayon)
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -22,7 +22,7 @@ use crate::fetch::{Request, Span, coalesce};
 use crate::format::frame::{self, FrameLocation};
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::Child;
-use crate::id::ChunkId;
+use crate::id::{ChunkId, PackId};
 use crate::key::Key;
 use crate::progress::Event;
 use crate::record::VolumeRecord;
@@ -345,7 +345,7 @@ impl<'a> Restore<'a> {
         let job =
             Job { repo: self.repo.clone(), sink: self.sink.clone(), pool: self.pool.clone(), ctx };
         let frames = frames.into_iter().collect();
-        let requests = coalesce(spans(frames)).into_iter().map(|request| job.run(request, 0));
+        let requests = coalesce(spans(frames)).into_iter().map(|request| job.run(request));
         let mut outcomes = stream::iter(requests).buffer_unordered(REQUESTS_IN_FLIGHT);
         let mut result = Ok(());
         while let Some(outcome) = outcomes.next().await {
@@ -413,35 +413,46 @@ struct Job {
 
 impl Job {
     /// Fetches, verifies and writes all that one request is for; where its pack was moved, from the new place.
-    async fn run(&self, request: Request<FramePlan>, moves: usize) -> Result<Outcome> {
-        let fetched = tokio::select! {
-            fetched = request.fetch(&self.repo, &self.ctx) => fetched,
-            () = self.ctx.cancel.cancelled() => Err(Error::Cancelled),
-        };
-        match fetched {
-            Ok(fetched) => {
-                let (sink, ctx) = (self.sink.clone(), self.ctx.clone());
-                let work = move || write_request(&request, &fetched, &*sink, &ctx);
-                on_pool(&self.pool, &self.ctx, work).await
+    async fn run(&self, request: Request<FramePlan>) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let mut work = vec![(request, 0)];
+        while let Some((request, moves)) = work.pop() {
+            let fetched = tokio::select! {
+                fetched = request.fetch(&self.repo, &self.ctx) => fetched,
+                () = self.ctx.cancel.cancelled() => Err(Error::Cancelled),
+            };
+            match fetched {
+                Ok(fetched) => {
+                    let (sink, ctx) = (self.sink.clone(), self.ctx.clone());
+                    let write = move || write_request(&request, &fetched, &*sink, &ctx);
+                    outcome.add(on_pool(&self.pool, &self.ctx, write).await?);
+                }
+                Err(Error::Missing { .. }) if moves < relocation::MAX_MOVES => {
+                    let moved = self.moved(request, &mut outcome).await?;
+                    work.extend(moved.into_iter().map(|request| (request, moves + 1)));
+                }
+                Err(error) if error.is_damage() => outcome.add(Outcome::lost(error, &request)),
+                Err(error) => return Err(error),
             }
-            Err(Error::Missing { .. }) if moves < relocation::MAX_MOVES => {
-                self.run_moved(request, moves).await
-            }
-            Err(error) if error.is_damage() => Ok(Outcome::lost(error, &request)),
-            Err(error) => Err(error),
         }
+        Ok(outcome)
     }
 
-    async fn run_moved(&self, request: Request<FramePlan>, moves: usize) -> Result<Outcome> {
-        let relocations = self.repo.relocations(request.pack).await?;
-        let mut outcome = Outcome::default();
-        let mut moved: HashMap<FrameLocation, Vec<Placement>> = HashMap::new();
+    /// Requests for the places to which compactions copied what a request is for.
+    async fn moved(
+        &self,
+        request: Request<FramePlan>,
+        outcome: &mut Outcome,
+    ) -> Result<Vec<Request<FramePlan>>> {
+        let copies = self.repo.relocations(request.pack).await?;
+        let mut moved: BTreeMap<(PackId, u32), FramePlan> = BTreeMap::new();
         for span in &request.spans {
             for placement in &span.tag.1 {
                 let at = (span.offset, placement.offset, placement.len);
-                match relocations.iter().find_map(|r| r.chunk(at.0, at.1, at.2)) {
+                match copies.iter().find_map(|copy| copy.to.chunk(at.0, at.1, at.2)) {
                     Some((frame, offset)) => {
-                        moved.entry(frame).or_default().push(Placement { offset, ..*placement });
+                        let plan = moved.entry((frame.pack, frame.offset)).or_insert((frame, vec![]));
+                        plan.1.push(Placement { offset, ..*placement });
                     }
                     None => {
                         let object = Key::pack(request.pack).to_string();
@@ -452,10 +463,7 @@ impl Job {
                 }
             }
         }
-        for request in coalesce(spans(moved.into_iter().collect())) {
-            outcome.add(Box::pin(self.run(request, moves + 1)).await?);
-        }
-        Ok(outcome)
+        Ok(coalesce(spans(moved.into_values().collect())))
     }
 }
 

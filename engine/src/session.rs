@@ -45,12 +45,7 @@ impl Session {
         session.pinned = true;
         session.puts += 1;
         // Only now: a Purge that comes later finds the pin.
-        let mut valid = Vec::with_capacity(witnesses.len());
-        for witness in witnesses {
-            if !repo.is_purged(*witness).await? {
-                valid.push(*witness);
-            }
-        }
+        let valid = repo.unpurged(witnesses).await?;
         Ok((session, valid))
     }
 
@@ -80,6 +75,11 @@ impl Session {
         let key = Key::snap(self.id);
         let body = self.repo.seal(kind::DECISION, &key, &decision)?;
         match publish(self.repo.store(), &key, body).await? {
+            // An Abort that was there may have been buried; then a grave says so, and the commit does not count.
+            Published::Ours if self.repo.graves().await?.contains(self.id) => {
+                self.unpin().await;
+                return Err(Error::Lost { session: self.id });
+            }
             Published::Ours => {}
             Published::Theirs(body) => {
                 // It can only be a collector's Abort; anything else is damage and says so.

@@ -4,6 +4,7 @@
 //! record -> root node -> ... -> node of level 1 -> leaf -> chunks of one segment
 //! ```
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use futures::{StreamExt, stream};
@@ -120,23 +121,19 @@ pub fn decode_leaf(bytes: &[u8], block: &BlockRef, segment_bytes: u64) -> Result
 
 /// Reads a block, wherever compactions moved it.
 pub(crate) async fn read_block(repo: &Repository, block: &BlockRef) -> Result<bytes::Bytes> {
-    read_moved(repo, block, relocation::MAX_MOVES).await
-}
-
-async fn read_moved(repo: &Repository, block: &BlockRef, moves: usize) -> Result<bytes::Bytes> {
-    let start = u64::from(block.offset);
-    let range = start..start + u64::from(block.len);
-    match repo.store().get_range(&Key::pack(block.pack), range).await {
-        Ok(bytes) => return Ok(bytes),
-        Err(error) if error.is_not_found() && moves > 0 => {}
-        Err(error) if error.is_not_found() => return Err(missing(block)),
-        Err(error) => return Err(error.into()),
-    }
-    for moved in repo.relocated_block(block).await? {
-        match Box::pin(read_moved(repo, &moved, moves - 1)).await {
-            // Of several copies one is enough.
-            Err(Error::Missing { .. }) => {}
-            other => return other,
+    let mut places = vec![*block];
+    let mut tried = BTreeSet::new();
+    while let Some(place) = places.pop() {
+        let start = u64::from(place.offset);
+        let range = start..start + u64::from(place.len);
+        match repo.store().get_range(&Key::pack(place.pack), range).await {
+            Ok(bytes) => return Ok(bytes),
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error.into()),
+        }
+        // Of several copies one is enough. A damaged repository may point in circles.
+        if tried.insert(place.pack) {
+            places.extend(repo.relocated_block(&place).await?);
         }
     }
     Err(missing(block))

@@ -28,7 +28,9 @@ const BATCH_BYTES: u64 = 2 << 30;
 /// Packs of one batch.
 const BATCH_PACKS: usize = 4096;
 /// A pack with less garbage than a sixteenth is not worth copying.
-const MIN_WASTE: u64 = 16;
+const MIN_WASTE_SHARE: u64 = 16;
+/// Nor is one with less than this: headers and footers are no garbage, and every copy has them again.
+const MIN_WASTE_BYTES: u64 = 4 << 10;
 
 /// Compacts one batch of packs. True when there is something new: look again.
 pub(super) async fn compact(
@@ -78,7 +80,8 @@ fn choose(
         total += pack.len;
         wasted += waste(&pack);
         // One that was copied before is still needed in place: copies of it did not cover all.
-        if waste(&pack) >= pack.len / MIN_WASTE && !view.moves.contains_key(&pack.id) {
+        let is_worth = waste(&pack) >= MIN_WASTE_BYTES.max(pack.len / MIN_WASTE_SHARE);
+        if is_worth && !view.moves.contains_key(&pack.id) {
             candidates.push(pack);
         }
     }

@@ -52,9 +52,9 @@ impl Inventory {
         packs.sort_unstable();
         packs.shrink_to_fit();
         let longest = packs.iter().map(|(_, len)| *len).max().unwrap_or(0);
-        let bits_each = (BITS_BYTES * 8 / packs.len().max(1)).max(64) as u64;
+        let words_each = (BITS_BYTES / 8 / packs.len().max(1)).max(1) as u64;
         let mut granule_log = MIN_GRANULE_LOG;
-        while u64::from(longest) >> granule_log >= bits_each {
+        while u64::from(longest) >> granule_log >= 64 * words_each {
             granule_log += 1;
         }
         let words = (u64::from(longest) >> granule_log) as usize / 64 + 1;

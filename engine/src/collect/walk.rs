@@ -14,7 +14,6 @@ use crate::format::node::Child;
 use crate::format::relocation::Relocation;
 use crate::id::{ChunkId, PackId, SnapshotId};
 use crate::record::VolumeRecord;
-use crate::relocation::MAX_MOVES;
 use crate::repository::Repository;
 use crate::tree;
 
@@ -35,6 +34,14 @@ impl Piece {
         match self {
             Self::Block(_, block) => block.pack,
             Self::Chunk { frame, .. } => frame.pack,
+        }
+    }
+
+    /// Its pack, its offset there, and its first byte in a frame.
+    fn place(&self) -> (PackId, u32, u32) {
+        match self {
+            Self::Block(_, block) => (block.pack, block.offset, 0),
+            Self::Chunk { frame, offset, .. } => (frame.pack, frame.offset, *offset),
         }
     }
 
@@ -170,9 +177,11 @@ impl<'a> Walk<'a> {
 
     /// Notes a piece where it is now: in all copies that compactions made of it, or where it was.
     async fn settle(&mut self, piece: Piece, needed: &mut dyn Needed) -> Result<()> {
-        let mut work = vec![(piece, 0)];
-        while let Some((piece, moves)) = work.pop() {
-            if moves == MAX_MOVES || !self.view.moves.contains_key(&piece.pack()) {
+        let mut work = vec![piece];
+        let mut tried = BTreeSet::new();
+        while let Some(piece) = work.pop() {
+            // A damaged repository may point in circles.
+            if !self.view.moves.contains_key(&piece.pack()) || !tried.insert(piece.place()) {
                 needed.need(piece);
                 continue;
             }
@@ -180,8 +189,8 @@ impl<'a> Walk<'a> {
             for (table, relocation) in self.tables(piece.pack()).await?.iter() {
                 if let Some(copy) = piece.moved(relocation) {
                     covered = true;
-                    work.push((copy, moves + 1));
-                    work.push((Piece::Block(BlockKind::Relocation, *table), moves + 1));
+                    work.push(copy);
+                    work.push(Piece::Block(BlockKind::Relocation, *table));
                 }
             }
             if covered {

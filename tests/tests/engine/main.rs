@@ -7,6 +7,7 @@
 )]
 
 mod collect;
+mod compact;
 mod damage;
 mod faults;
 mod fixtures;
