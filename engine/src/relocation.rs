@@ -67,21 +67,31 @@ impl Repository {
         if let Some(known) = self.relocation_cache().get(pack) {
             return Ok(known);
         }
-        let mut found = Vec::new();
+        let (mut found, mut damage) = (Vec::new(), None);
         for session in self.movers(pack).await? {
             let Some(Decision::Compaction { moves, .. }) = self.decision(session).await? else {
                 continue;
             };
             for moved in moves.iter().filter(|moved| moved.source == pack) {
-                let to = self.read_relocation(pack, &moved.table).await?;
-                found.push(Copied { table: moved.table.into(), to });
+                match self.read_relocation(pack, &moved.table).await {
+                    Ok(to) => found.push(Copied { table: moved.table.into(), to }),
+                    // Another copy will do as well.
+                    Err(error) if error.is_damage() => damage = Some(error),
+                    Err(error) => return Err(error),
+                }
             }
         }
         let found: Arc<[Copied]> = found.into();
-        if !found.is_empty() {
-            self.relocation_cache().insert(pack, &found);
+        match damage {
+            Some(error) if found.is_empty() => Err(error),
+            Some(_) => Ok(found),
+            None => {
+                if !found.is_empty() {
+                    self.relocation_cache().insert(pack, &found);
+                }
+                Ok(found)
+            }
         }
-        Ok(found)
     }
 
     /// Sessions that set out to move a pack, whatever became of them.

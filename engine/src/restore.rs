@@ -444,14 +444,22 @@ impl Job {
         request: Request<FramePlan>,
         outcome: &mut Outcome,
     ) -> Result<Vec<Request<FramePlan>>> {
-        let copies = self.repo.relocations(request.pack).await?;
+        let copies = match self.repo.relocations(request.pack).await {
+            Ok(copies) => copies,
+            Err(error) if error.is_damage() => {
+                outcome.add(Outcome::lost(error, &request));
+                return Ok(vec![]);
+            }
+            Err(error) => return Err(error),
+        };
         let mut moved: BTreeMap<(PackId, u32), FramePlan> = BTreeMap::new();
         for span in &request.spans {
             for placement in &span.tag.1 {
                 let at = (span.offset, placement.offset, placement.len);
                 match copies.iter().find_map(|copy| copy.to.chunk(at.0, at.1, at.2)) {
                     Some((frame, offset)) => {
-                        let plan = moved.entry((frame.pack, frame.offset)).or_insert((frame, vec![]));
+                        let plan =
+                            moved.entry((frame.pack, frame.offset)).or_insert((frame, vec![]));
                         plan.1.push(Placement { offset, ..*placement });
                     }
                     None => {

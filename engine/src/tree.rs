@@ -195,12 +195,14 @@ pub async fn leaves(
                 }
                 // The pack is gone. A compaction may have copied the leaf.
                 let place = BlockRef { pack: span.pack, offset: span.offset, ..*block };
-                let moved = repo.relocated_block(&place).await?.into_iter().next();
-                match moved.filter(|_| moves < relocation::MAX_MOVES) {
-                    Some(BlockRef { pack, offset, .. }) => {
+                let moved = repo.relocated_block(&place).await;
+                match moved.map(|moved| moved.into_iter().next()) {
+                    Ok(Some(BlockRef { pack, offset, .. })) if moves < relocation::MAX_MOVES => {
                         wanted.push(Span { pack, offset, ..*span });
                     }
-                    None => *slot = Err(missing(block)),
+                    Ok(_) => *slot = Err(missing(block)),
+                    Err(error) if error.is_damage() => *slot = Err(error),
+                    Err(error) => return Err(error),
                 }
             }
         }

@@ -203,7 +203,11 @@ impl Check<'_> {
     async fn places(&self, block: BlockRef) -> Result<BTreeSet<PackId>> {
         let is_there = |pack| self.packs.contains_key(&pack);
         let mut now = Relocator { repo: self.repo, is_there: &is_there, packs: BTreeSet::new() };
-        now.block(block).await?;
+        // Reading it says what is wrong, if anything is.
+        match now.block(block).await {
+            Err(error) if !error.is_damage() => return Err(error),
+            _ => {}
+        }
         now.packs.retain(|pack| self.packs.contains_key(pack));
         Ok(now.packs)
     }
@@ -213,10 +217,13 @@ impl Check<'_> {
         let Ok(Some(leaf)) = leaf else { return Ok(leaf) };
         let is_there = |pack| self.packs.contains_key(&pack);
         let mut now = Relocator { repo: self.repo, is_there: &is_there, packs: BTreeSet::new() };
-        let leaf = now.leaf(leaf).await?;
+        let leaf = match now.leaf(leaf).await {
+            Err(error) if !error.is_damage() => return Err(error),
+            leaf => leaf.map(Some),
+        };
         now.packs.retain(|pack| self.packs.contains_key(pack));
         self.used.extend(now.packs);
-        Ok(Ok(Some(leaf)))
+        Ok(leaf)
     }
 
     /// Checks the footers of all packs that are used. No snapshot needs them; repairs do.
