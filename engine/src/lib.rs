@@ -44,6 +44,7 @@ pub mod tree;
 pub mod url;
 pub mod usage;
 pub mod verify;
+mod workers;
 
 pub use context::Context;
 pub use error::{Error, ErrorKind, Result};
