@@ -621,15 +621,19 @@ fn prepare_segment(
 }
 
 fn is_zero_range(target: &FileTarget, start: u64, len: u64, buf: &mut Vec<u8>) -> Result<bool> {
-    let mut done = 0;
-    while done < len {
-        let step = (len - done).min(256 << 10);
-        buf.resize(step as usize, 0);
-        target.read_at(buf, start + done)?;
-        if !is_zero(buf) {
-            return Ok(false);
+    let (mut at, end) = (start, start + len);
+    // Most zeros of a sparse file are holes, which need no reading.
+    while let Some(data) = target.next_data(at, end)? {
+        at = data.start;
+        while at < data.end {
+            let step = (data.end - at).min(256 << 10);
+            buf.resize(step as usize, 0);
+            target.read_at(buf, at)?;
+            if !is_zero(buf) {
+                return Ok(false);
+            }
+            at += step;
         }
-        done += step;
     }
     Ok(true)
 }
