@@ -17,6 +17,7 @@
 //! progress, cancellation and limits. docs/format.md defines every byte, docs/protocol.md the order of writes.
 
 pub mod chunker;
+pub mod clone;
 pub mod collect;
 pub mod context;
 pub mod diff;
@@ -44,6 +45,7 @@ pub mod tree;
 pub mod url;
 pub mod usage;
 pub mod verify;
+mod workers;
 
 pub use context::Context;
 pub use error::{Error, ErrorKind, Result};

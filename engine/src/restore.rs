@@ -13,7 +13,6 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::{StreamExt, stream};
-use rayon::ThreadPool;
 use serde::Serialize;
 
 use crate::context::Context;
@@ -31,6 +30,7 @@ use crate::repository::Repository;
 use crate::scan::is_zero;
 use crate::target::{FileTarget, Sink};
 use crate::tree::{self, SegmentLeaf};
+use crate::workers::Workers;
 
 /// Requests of at most [`crate::fetch::MAX_REQUEST`] bytes in memory at one time.
 const REQUESTS_IN_FLIGHT: usize = 8;
@@ -105,11 +105,10 @@ pub async fn restore(
         }
         work.write(leaves).await?;
     }
+    let workers = work.workers.clone();
     let report = work.finish()?;
     let mut target = Arc::into_inner(target).ok_or(Error::Internal("a restore worker is left"))?;
-    tokio::task::spawn_blocking(move || target.finish())
-        .await
-        .map_err(|_| Error::Internal("syncing panicked"))??;
+    workers.block(move || target.finish()).await??;
     Ok(report)
 }
 
@@ -132,12 +131,11 @@ pub async fn stream(
             (out, written) = {
                 let segment = segment.clone();
                 let mut out = out;
-                tokio::task::spawn_blocking(move || {
+                let drain = move || {
                     let result = segment.drain_to(&mut *out);
                     (out, result)
-                })
-                .await
-                .map_err(|_| Error::Internal("writing the stream panicked"))?
+                };
+                work.workers.block(drain).await?
             };
             written.map_err(Error::io("write", "standard output"))?;
         }
@@ -201,7 +199,7 @@ pub(crate) struct Restore<'a> {
     sink: Arc<dyn Sink>,
     keep_going: bool,
     ctx: &'a Context,
-    pool: Arc<ThreadPool>,
+    workers: Workers,
     segments: Vec<Child>,
     report: RestoreReport,
     started_ms: u64,
@@ -216,7 +214,7 @@ impl<'a> Restore<'a> {
         ctx: &'a Context,
     ) -> Result<Self> {
         let started_ms = ctx.host.unix_ms();
-        let pool = worker_pool(ctx)?;
+        let workers = Workers::start(ctx)?;
         let segments = tree::segments(repo, volume, ctx).await?;
         ctx.progress.event(Event::Planned { bytes: volume.data_bytes });
         let report = RestoreReport { len_bytes: volume.len_bytes, ..RestoreReport::default() };
@@ -226,7 +224,7 @@ impl<'a> Restore<'a> {
             sink,
             keep_going,
             ctx,
-            pool,
+            workers,
             segments: segments.leaves,
             report,
             started_ms,
@@ -287,9 +285,9 @@ impl<'a> Restore<'a> {
             let (target, ctx) = (target.clone(), ctx.clone());
             let unreadable =
                 matches!(self.segments.get(number), Some(Child::Zero)) && self.is_lost(number);
-            let pool = self.pool.clone();
+            let workers = self.workers.clone();
             async move {
-                on_pool(&pool, &ctx, move || {
+                let prepare = move || {
                     let Ok(leaf) = leaf else { return Ok((number, leaf)) };
                     if unreadable {
                         return Ok((number, Ok(None)));
@@ -297,8 +295,8 @@ impl<'a> Restore<'a> {
                     let range = tree::segment_range(len_bytes, number);
                     let leaf = prepare_segment(&target, range, leaf, compare)?;
                     Ok((number, Ok(leaf)))
-                })
-                .await
+                };
+                workers.run(&ctx, prepare).await
             }
         });
         let mut jobs = stream::iter(jobs).buffered(self.ctx.limits.threads.max(1));
@@ -342,8 +340,8 @@ impl<'a> Restore<'a> {
         }
         let ctx = self.stoppable();
         let stop = ctx.cancel.clone();
-        let job =
-            Job { repo: self.repo.clone(), sink: self.sink.clone(), pool: self.pool.clone(), ctx };
+        let (repo, sink, workers) = (self.repo.clone(), self.sink.clone(), self.workers.clone());
+        let job = Job { repo, sink, workers, ctx };
         let frames = frames.into_iter().collect();
         let requests = coalesce(spans(frames)).into_iter().map(|request| job.run(request));
         let mut outcomes = stream::iter(requests).buffer_unordered(REQUESTS_IN_FLIGHT);
@@ -377,37 +375,11 @@ impl<'a> Restore<'a> {
     }
 }
 
-/// Threads for the CPU part of a restore or verification.
-pub(crate) fn worker_pool(ctx: &Context) -> Result<Arc<ThreadPool>> {
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(ctx.limits.threads.max(1))
-        .thread_name(|n| format!("petra-worker-{n}"))
-        // Whoever waits for the work learns of it; without a handler the process would end.
-        .panic_handler(|_| {})
-        .build();
-    pool.map(Arc::new).map_err(|_| Error::Internal("no worker threads can be started"))
-}
-
-/// Runs CPU work on the pool without blocking the async runtime.
-pub(crate) async fn on_pool<T: Send + 'static>(
-    pool: &ThreadPool,
-    ctx: &Context,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    ctx.check()?;
-    let (reply, result) = tokio::sync::oneshot::channel();
-    pool.spawn(move || {
-        // A receiver that is gone was cancelled and needs no answer.
-        let _ = reply.send(work());
-    });
-    result.await.map_err(|_| Error::Internal("a worker panicked"))?
-}
-
 /// What fetching and writing needs.
 struct Job {
     repo: Repository,
     sink: Arc<dyn Sink>,
-    pool: Arc<ThreadPool>,
+    workers: Workers,
     ctx: Context,
 }
 
@@ -418,14 +390,15 @@ impl Job {
         let mut work = vec![(request, 0)];
         while let Some((request, moves)) = work.pop() {
             let fetched = tokio::select! {
-                fetched = request.fetch(&self.repo, &self.ctx) => fetched,
+                biased;
                 () = self.ctx.cancel.cancelled() => Err(Error::Cancelled),
+                fetched = request.fetch(&self.repo, &self.ctx) => fetched,
             };
             match fetched {
                 Ok(fetched) => {
                     let (sink, ctx) = (self.sink.clone(), self.ctx.clone());
                     let write = move || write_request(&request, &fetched, &*sink, &ctx);
-                    outcome.add(on_pool(&self.pool, &self.ctx, write).await?);
+                    outcome.add(self.workers.run(&self.ctx, write).await?);
                 }
                 Err(Error::Missing { .. }) if moves < relocation::MAX_MOVES => {
                     let moved = self.moved(request, &mut outcome).await?;
@@ -648,15 +621,19 @@ fn prepare_segment(
 }
 
 fn is_zero_range(target: &FileTarget, start: u64, len: u64, buf: &mut Vec<u8>) -> Result<bool> {
-    let mut done = 0;
-    while done < len {
-        let step = (len - done).min(256 << 10);
-        buf.resize(step as usize, 0);
-        target.read_at(buf, start + done)?;
-        if !is_zero(buf) {
-            return Ok(false);
+    let (mut at, end) = (start, start + len);
+    // Most zeros of a sparse file are holes, which need no reading.
+    while let Some(data) = target.next_data(at, end)? {
+        at = data.start;
+        while at < data.end {
+            let step = (data.end - at).min(256 << 10);
+            buf.resize(step as usize, 0);
+            target.read_at(buf, at)?;
+            if !is_zero(buf) {
+                return Ok(false);
+            }
+            at += step;
         }
-        done += step;
     }
     Ok(true)
 }

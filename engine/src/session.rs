@@ -116,6 +116,8 @@ impl Session {
             Published::Theirs(body) => {
                 if let Ok(Decision::Commit { snapshot, .. }) =
                     self.repo.unseal(kind::DECISION, &key, &body)
+                    // As in `commit`.
+                    && self.repo.graves().await.is_ok_and(|graves| !graves.contains(self.id))
                 {
                     committed = Some(*snapshot);
                 }

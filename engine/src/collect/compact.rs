@@ -21,7 +21,7 @@ use crate::key::Key;
 use crate::publish::{Published, publish};
 use crate::record::{Decision, Move, kind};
 use crate::repository::{Repository, stamp};
-use crate::restore::{on_pool, worker_pool};
+use crate::workers::Workers;
 
 /// Bytes that are needed of the packs of one batch, so that their lists fit in memory: some 100,000 chunks.
 const BATCH_BYTES: u64 = 2 << 30;
@@ -146,12 +146,12 @@ async fn copy(
         return Ok(false);
     }
     claim(repo, session, &mut victims, ctx).await?;
-    let pool = worker_pool(ctx)?;
+    let workers = Workers::start(ctx)?;
     let mut copier = Copier::new(session)?;
     for (pack, wanted) in victims {
         ctx.check()?;
         let copied;
-        (copier, copied) = copy_pack(repo, pack, wanted, copier, &pool, ctx).await?;
+        (copier, copied) = copy_pack(repo, pack, wanted, copier, &workers, ctx).await?;
         report.damaged_packs += u64::from(!copied);
     }
     let moves = copier.finish();
@@ -199,7 +199,7 @@ async fn copy_pack(
     pack: PackId,
     wanted: Wanted,
     mut copier: Copier,
-    pool: &rayon::ThreadPool,
+    workers: &Workers,
     ctx: &Context,
 ) -> Result<(Copier, bool)> {
     let spans = wanted.frames.into_values().map(|frame| Span {
@@ -223,7 +223,7 @@ async fn copy_pack(
             }
             Err(error) => return Err(error),
         };
-        let taken = on_pool(pool, ctx, move || {
+        let taken = workers.run(ctx, move || {
             let result = copier.take(&request, &fetched);
             Ok((copier, result))
         });

@@ -11,6 +11,7 @@ mod compact;
 mod damage;
 mod faults;
 mod fixtures;
+mod found;
 mod incremental;
 mod kill;
 mod roundtrip;
