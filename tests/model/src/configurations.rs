@@ -1,0 +1,94 @@
+//! The configurations that are explored.
+
+use crate::model::{Config, Deleting, Role};
+use crate::sets::Ids;
+
+const FIRST: Ids = Ids::one(0);
+const FIRST_TWO: Ids = Ids(0b11);
+
+/// One snapshot and nobody else.
+const NOBODY: Config = Config {
+    name: "nobody",
+    roles: [Role::Snapshot, Role::Unused, Role::Unused, Role::Unused, Role::Unused],
+    clones: 0,
+    collectors: 0,
+    deleting: Deleting::Purge,
+    second_chunk: false,
+    resolving: false,
+    borrowing: false,
+    graves: false,
+};
+
+/// Two writers, one of which may build on the other, two collectors, a deleter and a clone.
+pub const CONCURRENT: Config = Config {
+    name: "2 writers, 2 collectors, deleter, clone",
+    roles: [
+        Role::Snapshot,
+        Role::Writer(FIRST),
+        Role::Writer(FIRST_TWO),
+        Role::Unused,
+        Role::Unused,
+    ],
+    clones: 1,
+    collectors: 2,
+    ..NOBODY
+};
+
+/// A writer that begins again after an Abort.
+pub const RETRY: Config = Config {
+    name: "writer with a second attempt, 2 collectors, deleter, clone",
+    roles: [Role::Snapshot, Role::Writer(FIRST), Role::Retry(1, FIRST), Role::Unused, Role::Unused],
+    clones: 1,
+    collectors: 2,
+    ..NOBODY
+};
+
+/// One compactor.
+pub const COMPACTION: Config = Config {
+    name: "compactor, writer, 2 collectors, deleter, clone",
+    roles: [Role::Snapshot, Role::Writer(FIRST), Role::Compactor, Role::Unused, Role::Unused],
+    clones: 1,
+    collectors: 2,
+    second_chunk: true,
+    ..NOBODY
+};
+
+/// Two compactors that race for one pack, or compact one another's copies.
+pub const CHAIN: Config = Config {
+    name: "2 compactors, writer, 2 collectors, deleter",
+    roles: [Role::Snapshot, Role::Writer(FIRST), Role::Compactor, Role::Compactor, Role::Unused],
+    clones: 0,
+    collectors: 2,
+    second_chunk: true,
+    ..NOBODY
+};
+
+/// Undelete beside graves.
+pub const UNDELETE: Config = Config {
+    name: "undelete and graves: writer, 2 collectors, deleter, clone",
+    roles: [Role::Snapshot, Role::Writer(FIRST), Role::Unused, Role::Unused, Role::Unused],
+    clones: 1,
+    collectors: 2,
+    deleting: Deleting::Undelete(2),
+    graves: true,
+    ..NOBODY
+};
+
+/// A session that borrows a clone's pin, beside a compactor.
+pub const BORROWING: Config = Config {
+    name: "borrowing and compaction: writer, compactor, collector, deleter, clone",
+    borrowing: true,
+    ..COMPACTION
+};
+
+/// Compactions of compactions, beside graves.
+pub const CHAIN_AND_GRAVES: Config = Config {
+    name: "chained compaction and graves: 2 compactors, writer, collector, deleter",
+    graves: true,
+    collectors: 1,
+    ..CHAIN
+};
+
+/// All of them.
+pub const ALL: [Config; 7] =
+    [CONCURRENT, RETRY, COMPACTION, CHAIN, UNDELETE, BORROWING, CHAIN_AND_GRAVES];
