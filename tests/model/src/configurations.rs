@@ -15,6 +15,7 @@ const NOBODY: Config = Config {
     deleting: Deleting::Purge,
     second_chunk: false,
     resolving: false,
+    resuming: false,
     borrowing: false,
     graves: false,
 };
@@ -34,12 +35,13 @@ pub const CONCURRENT: Config = Config {
     ..NOBODY
 };
 
-/// A writer that begins again after an Abort.
+/// A writer that is resumed after it died, and begins again after an Abort.
 pub const RETRY: Config = Config {
-    name: "writer with a second attempt, 2 collectors, deleter, clone",
+    name: "writer with resumption and a second attempt, 2 collectors, deleter, clone",
     roles: [Role::Snapshot, Role::Writer(FIRST), Role::Retry(1, FIRST), Role::Unused, Role::Unused],
     clones: 1,
     collectors: 2,
+    resuming: true,
     ..NOBODY
 };
 

@@ -45,6 +45,8 @@ pub struct Config {
     pub second_chunk: bool,
     /// Whether writers may store the places that maps lead to, instead of those in their witness's leaves.
     pub resolving: bool,
+    /// Whether writers that died may be resumed under the same session.
+    pub resuming: bool,
     /// Whether sessions may borrow the pins of clones.
     pub borrowing: bool,
     /// Whether there are graves.
@@ -70,6 +72,9 @@ pub enum Step {
     CommitLate { session: usize },
     FindAbort { session: usize },
     GiveUp { session: usize },
+    Resume { session: usize, sent: bool },
+    CommitArrives { session: usize },
+    FindCommit { session: usize },
     CheckGravesAfterCommit { session: usize },
 
     ClonePin { clone: usize, snapshot: usize },

@@ -32,6 +32,12 @@ pub enum Mutation {
     RetryKeepsPacks,
     /// A writer that lost begins again, and stores its packs again under the old names. A DELETE can come late.
     RetryKeepsNames,
+    /// A resumed writer takes its pin for checked.
+    ResumeSkipsCheck,
+    /// A resumed writer takes the packs for stored that were sent before it died.
+    ResumeTrustsPacks,
+    /// A resumed writer takes a commit with an earlier stamp for someone else's.
+    ResumeDisownsCommit,
 
     // Clone.
     /// The clone puts no pin.

@@ -194,6 +194,8 @@ pub struct State {
     pub purged_beside: Ids,
     /// Snapshots of which somebody was told that they are back, for good. Only where steps are left out.
     pub told_back: Ids,
+    /// What a commit refers to that session 1 sent before it was resumed, and that may still arrive.
+    pub sent: Places,
     /// A collector took the repository for damaged.
     pub damage: bool,
 }
@@ -233,6 +235,7 @@ impl State {
     pub fn fingerprint(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         for session in &self.sessions {
+            let [refs_low, refs_high] = session.refs.0.to_le_bytes();
             hasher.write_u64(u64::from_le_bytes([
                 session.phase as u8,
                 session.decision as u8,
@@ -240,8 +243,8 @@ impl State {
                 session.pack as u8,
                 session.witnesses.0,
                 session.valid.0,
-                session.refs.0.to_le_bytes()[0],
-                session.refs.0.to_le_bytes()[1],
+                refs_low,
+                refs_high,
             ]));
         }
         for viewer in &self.viewers {
@@ -267,11 +270,16 @@ impl State {
             self.graves.0,
             self.removed.0,
         ]));
-        hasher.write_u32(u32::from_le_bytes([
+        let [sent_low, sent_high] = self.sent.0.to_le_bytes();
+        hasher.write_u64(u64::from_le_bytes([
             self.adrift.0,
             self.purged_beside.0,
             self.told_back.0,
             u8::from(self.damage),
+            sent_low,
+            sent_high,
+            0,
+            0,
         ]));
         hasher.finish()
     }

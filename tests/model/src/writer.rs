@@ -5,6 +5,9 @@ use crate::mutation::Mutation;
 use crate::sets::{Ids, Places, SESSIONS};
 use crate::state::{ClonePhase, Decision, Pack, Phase, State};
 
+/// The session that may be resumed.
+const RESUMED: usize = 1;
+
 impl Model {
     /// The steps of one attempt.
     pub(crate) fn writer(
@@ -14,6 +17,9 @@ impl Model {
         candidates: Ids,
         steps: &mut Vec<(Step, State)>,
     ) {
+        if self.config.resuming && session == RESUMED {
+            self.resume(state, session, steps);
+        }
         let mut push = |step: Step, change: &dyn Fn(&mut State)| {
             let mut next = *state;
             change(&mut next);
@@ -164,7 +170,10 @@ impl Model {
             chosen.push(reused);
             let mut next = *state;
             let it = &mut next.sessions[session];
-            it.refs = own | reused;
+            // An earlier commit of this session may have arrived: then that is what it refers to.
+            if it.decision != Decision::Commit {
+                it.refs = own | reused;
+            }
             // What was pinned stays pinned; which of it holds matters no more. A borrower stays one.
             it.valid = it.valid - Ids::ALL_SESSIONS;
             it.phase = Phase::Stored;
@@ -201,8 +210,10 @@ impl Model {
             it.phase = if self.config.graves { Phase::Committed } else { Phase::Done };
             it.valid = Ids::NONE;
             next.adrift -= Ids::one(session);
+            next.sent = Places::NONE;
         };
         let lose = |next: &mut State| {
+            next.sent = Places::NONE;
             let it = &mut next.sessions[session];
             it.phase = Phase::Lost;
             it.valid = Ids::NONE;
@@ -231,7 +242,58 @@ impl Model {
                     push(Step::Commit { session }, &commit);
                 }
             }
-            Decision::Commit | Decision::Map => {}
+            // Sent before this writer was resumed: its own, whatever its stamp.
+            Decision::Commit => push(Step::FindCommit { session }, &|next| {
+                let disowned = self.is(Mutation::ResumeDisownsCommit);
+                next.sessions[session].phase = if disowned { Phase::Lost } else { Phase::Done };
+                next.sessions[session].valid = Ids::NONE;
+            }),
+            Decision::Map => {}
+        }
+    }
+
+    /// Dying, and being resumed with nothing but the session's id and its pin.
+    fn resume(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
+        let it = &state.sessions[session];
+        if matches!(it.phase, Phase::Pinned | Phase::Checked | Phase::Stored) {
+            let may_have_sent = it.phase == Phase::Stored && it.decision == Decision::None;
+            for sent in [false, true] {
+                if sent && !(may_have_sent && state.sent.is_empty()) {
+                    continue;
+                }
+                let mut next = *state;
+                let it = &mut next.sessions[session];
+                if sent {
+                    next.sent = it.refs;
+                }
+                it.phase = if it.witnesses.is_empty() { Phase::Checked } else { Phase::Pinned };
+                it.valid = Ids::NONE;
+                if it.decision != Decision::Commit {
+                    it.refs = Places::NONE;
+                }
+                if self.is(Mutation::ResumeSkipsCheck) {
+                    it.phase = Phase::Checked;
+                    it.valid = it.witnesses;
+                }
+                steps.push((Step::Resume { session, sent }, next));
+            }
+        }
+        if self.is(Mutation::ResumeTrustsPacks)
+            && it.phase == Phase::Checked
+            && it.pack == Pack::None
+        {
+            let mut next = *state;
+            next.sessions[session].pack = Pack::Sent;
+            next.sessions[session].refs = Places::one(session, 0);
+            next.sessions[session].phase = Phase::Stored;
+            steps.push((Step::Resume { session, sent: false }, next));
+        }
+        if !state.sent.is_empty() && it.decision == Decision::None {
+            let mut next = *state;
+            next.sessions[session].decision = Decision::Commit;
+            next.sessions[session].refs = state.sent;
+            next.sent = Places::NONE;
+            steps.push((Step::CommitArrives { session }, next));
         }
     }
 }

@@ -46,6 +46,9 @@ caught! {
     timeout_is_loss: TimeoutIsLoss in alone(CONCURRENT) => KeptIsReadable;
     retry_keeps_packs: RetryKeepsPacks in alone(RETRY) => KeptIsReadable;
     retry_keeps_names: RetryKeepsNames in alone(RETRY) => KeptIsReadable;
+    resume_skips_check: ResumeSkipsCheck in alone(RETRY) => KeptIsReadable;
+    resume_trusts_packs: ResumeTrustsPacks in alone(RETRY) => KeptIsReadable;
+    resume_disowns_commit: ResumeDisownsCommit in alone(RETRY) => ReportsAreTrue;
 
     clone_without_pin: CloneNoPin in alone(CONCURRENT) => PinnedIsReadable;
     clone_without_check: CloneNoPurgeCheck in alone(CONCURRENT) => PinnedIsReadable;
