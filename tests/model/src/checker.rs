@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::model::{Model, Step};
-use crate::property::Property;
+use crate::property::{Goal, Property};
 use crate::state::State;
 
 /// Parts of the set of visited states, each with its own lock.
@@ -30,6 +30,8 @@ pub struct Exploration {
     pub depth: usize,
     /// The shortest way to a state in which a property does not hold.
     pub violation: Option<Violation>,
+    /// Goals that no state reaches.
+    pub missed: Vec<Goal>,
 }
 
 /// A way to a state in which a property does not hold.
@@ -55,11 +57,22 @@ impl fmt::Debug for Violation {
 type Visited = HashMap<u64, u64, BuildHasherDefault<Fingerprint>>;
 
 /// Explores a model until it is exhausted or a property does not hold.
-pub fn explore(model: &Model, properties: &[Property], threads: usize) -> Exploration {
+pub fn explore(
+    model: &Model,
+    properties: &[Property],
+    goals: &[Goal],
+    threads: usize,
+) -> Exploration {
     let initial = model.initial();
     let visited: Vec<Mutex<Visited>> = (0..SHARDS).map(|_| Mutex::default()).collect();
     visit(&visited, initial.fingerprint(), 0);
-    let mut exploration = Exploration { states: 1, steps: 0, depth: 0, violation: None };
+    let mut exploration = Exploration {
+        states: 1,
+        steps: 0,
+        depth: 0,
+        violation: None,
+        missed: goals.to_vec(),
+    };
     if let Some(property) = violated(model, properties, &initial) {
         exploration.violation = Some(Violation { property, trace: vec![], state: initial });
         return exploration;
@@ -68,7 +81,7 @@ pub fn explore(model: &Model, properties: &[Property], threads: usize) -> Explor
     while !frontier.is_empty() {
         let next_block = AtomicUsize::new(0);
         let work = || {
-            let mut found = Found::default();
+            let mut found = Found { missed: exploration.missed.clone(), ..Found::default() };
             let mut steps = Vec::new();
             loop {
                 let from = next_block.fetch_add(BLOCK, Ordering::Relaxed);
@@ -82,6 +95,7 @@ pub fn explore(model: &Model, properties: &[Property], threads: usize) -> Explor
                             if found.violation.is_none() {
                                 found.violation = violated(model, properties, &next).map(|p| (p, next));
                             }
+                            found.missed.retain(|goal| !goal.is_reached(model, &next));
                             found.states.push(next);
                         }
                     }
@@ -98,6 +112,7 @@ pub fn explore(model: &Model, properties: &[Property], threads: usize) -> Explor
             exploration.steps += found.steps;
             exploration.states += found.states.len();
             frontier.extend(found.states);
+            exploration.missed.retain(|goal| found.missed.contains(goal));
             if let Some((property, state)) = found.violation {
                 let trace = trace(model, &visited, &state);
                 exploration.violation = Some(Violation { property, trace, state });
@@ -119,6 +134,7 @@ struct Found {
     states: Vec<State>,
     steps: usize,
     violation: Option<(Property, State)>,
+    missed: Vec<Goal>,
 }
 
 fn violated(model: &Model, properties: &[Property], state: &State) -> Option<Property> {

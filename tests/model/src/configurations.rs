@@ -1,6 +1,7 @@
 //! The configurations that are explored.
 
 use crate::model::{Config, Deleting, Role};
+use crate::property::Goal;
 use crate::sets::Ids;
 
 const FIRST: Ids = Ids::one(0);
@@ -18,6 +19,7 @@ const NOBODY: Config = Config {
     resuming: false,
     borrowing: false,
     graves: false,
+    goals: &[],
 };
 
 /// Two writers, one of which may build on the other, two collectors, a deleter and a clone.
@@ -32,6 +34,7 @@ pub const CONCURRENT: Config = Config {
     ],
     clones: 1,
     collectors: 2,
+    goals: &[Goal::ReuseOutlivesItsWitness, Goal::PurgedIsRead],
     ..NOBODY
 };
 
@@ -42,6 +45,7 @@ pub const RETRY: Config = Config {
     clones: 1,
     collectors: 2,
     resuming: true,
+    goals: &[Goal::RetryCommits, Goal::EarlierCommitFound, Goal::PurgedIsRead],
     ..NOBODY
 };
 
@@ -52,6 +56,7 @@ pub const COMPACTION: Config = Config {
     clones: 1,
     collectors: 2,
     second_chunk: true,
+    goals: &[Goal::CopyIsRead, Goal::PurgedIsRead],
     ..NOBODY
 };
 
@@ -62,6 +67,7 @@ pub const CHAIN: Config = Config {
     clones: 0,
     collectors: 2,
     second_chunk: true,
+    goals: &[Goal::CopyIsRead, Goal::CopyOfCopyIsRead, Goal::RacingCopies],
     ..NOBODY
 };
 
@@ -73,6 +79,7 @@ pub const UNDELETE: Config = Config {
     collectors: 2,
     deleting: Deleting::Undelete(2),
     graves: true,
+    goals: &[Goal::UndeletedTwice, Goal::SnapshotBuried, Goal::AbortReplaced, Goal::PurgedIsRead],
     ..NOBODY
 };
 
@@ -80,6 +87,7 @@ pub const UNDELETE: Config = Config {
 pub const BORROWING: Config = Config {
     name: "borrowing and compaction: writer, compactor, collector, deleter, clone",
     borrowing: true,
+    goals: &[Goal::BorrowedCommits, Goal::CopyIsRead, Goal::PurgedIsRead],
     ..COMPACTION
 };
 
@@ -88,6 +96,7 @@ pub const CHAIN_AND_GRAVES: Config = Config {
     name: "chained compaction and graves: 2 compactors, writer, collector, deleter",
     graves: true,
     collectors: 1,
+    goals: &[Goal::CopyOfCopyIsRead, Goal::RacingCopies, Goal::CompactionBuried, Goal::SnapshotBuried],
     ..CHAIN
 };
 

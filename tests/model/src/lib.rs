@@ -33,4 +33,4 @@ mod writer;
 pub use checker::{Exploration, explore};
 pub use model::{Config, Deleting, Model, Role};
 pub use mutation::Mutation;
-pub use property::Property;
+pub use property::{Goal, Property};

@@ -1,6 +1,7 @@
 //! What a configuration has, and every step that can be taken from a state.
 
 use crate::mutation::Mutation;
+use crate::property::Goal;
 use crate::sets::{CLONES, Ids, Places, SESSIONS};
 use crate::state::{ACTING, ClonePhase, Decision, Mark, Pack, Phase, State, VIEWERS, Viewer};
 
@@ -51,6 +52,8 @@ pub struct Config {
     pub borrowing: bool,
     /// Whether there are graves.
     pub graves: bool,
+    /// What must happen in it.
+    pub goals: &'static [Goal],
 }
 
 /// A step that an actor takes, as it appears in a trace.

@@ -1,9 +1,9 @@
 //! What must hold in every state.
 
 use crate::model::{Model, Role};
+use crate::mutation::Mutation;
 use crate::sets::{Ids, Places, SESSIONS};
 use crate::state::{ClonePhase, Decision, Mark, Pack, Phase, State};
-use crate::mutation::Mutation;
 use crate::view::Verdict;
 
 /// What must hold in every state.
@@ -115,4 +115,100 @@ fn nothing_leaks(model: &Model, state: &State) -> bool {
         }
     }
     (stored - known.deletes).within((needed - moved).packs())
+}
+
+/// What must happen somewhere, so that an exploration is known to reach what it is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Goal {
+    /// A committed snapshot uses a pack of a snapshot that is purged, and of which another pack is deleted.
+    ReuseOutlivesItsWitness,
+    /// A clone reads a purged snapshot.
+    PurgedIsRead,
+    /// A writer that lost commits in its next attempt.
+    RetryCommits,
+    /// The commit that a writer sent before it died holds, and another one knows.
+    EarlierCommitFound,
+    /// A kept snapshot is read through a copy.
+    CopyIsRead,
+    /// And through a copy of a copy.
+    CopyOfCopyIsRead,
+    /// A place that a kept snapshot uses has two copies.
+    RacingCopies,
+    /// A purged snapshot lives on in a session that borrowed a pin.
+    BorrowedCommits,
+    /// A snapshot was brought back for the second time.
+    UndeletedTwice,
+    /// A purged snapshot is in a grave, and its keys are removed.
+    SnapshotBuried,
+    /// A compaction is in a grave, and its keys are removed.
+    CompactionBuried,
+    /// A commit takes the place of an Abort that was removed.
+    AbortReplaced,
+}
+
+impl Goal {
+    /// Whether this is such a state.
+    pub fn is_reached(self, model: &Model, state: &State) -> bool {
+        let doomed = state.sessions_where(|session| session.pack == Pack::Doomed);
+        let maps = model.maps(state);
+        let used = model.kept(state).iter().fold(Places::NONE, |all, id| all | state.sessions[id].refs);
+        let read_through = |map: usize| {
+            let copied = state.sessions[map].refs;
+            !(copied & used).is_empty() && copied.packs().within(doomed)
+        };
+        match self {
+            Self::ReuseOutlivesItsWitness => model.kept(state).iter().any(|id| {
+                let others = state.sessions[id].refs - Places::of(id);
+                state.purged().iter().any(|witness| {
+                    let refs = state.sessions[witness].refs;
+                    !(refs & others).is_empty() && !(refs.packs() & doomed).is_empty()
+                })
+            }),
+            Self::PurgedIsRead => state.clones.iter().any(|clone| {
+                clone.phase == ClonePhase::Valid && state.purged().has(clone.snapshot.into())
+            }),
+            Self::RetryCommits => state.sessions.iter().enumerate().any(|(id, session)| {
+                matches!(model.config.roles[id], Role::Retry(..)) && session.phase == Phase::Done
+            }),
+            Self::EarlierCommitFound => state.sessions.iter().enumerate().any(|(id, session)| {
+                model.config.roles[id] != Role::Snapshot
+                    && session.decision == Decision::Commit
+                    && session.phase == Phase::Stored
+            }),
+            Self::CopyIsRead => maps.iter().any(read_through),
+            Self::CopyOfCopyIsRead => maps.iter().any(|map| {
+                let sources = state.sessions[map].refs.packs();
+                read_through_a_map(state, maps, sources, used) && sources.within(doomed)
+            }),
+            Self::RacingCopies => maps.iter().any(|map| {
+                let copied = state.sessions[map].refs & used;
+                maps.iter().any(|other| {
+                    other != map && !(copied & state.sessions[other].refs).is_empty()
+                })
+            }),
+            Self::BorrowedCommits => model.kept(state).iter().any(|id| {
+                let session = &state.sessions[id];
+                let others = session.refs - Places::of(id);
+                model.config.roles[id] != Role::Snapshot
+                    && session.witnesses.is_empty()
+                    && others.packs().within(state.purged())
+                    && !others.is_empty()
+            }),
+            Self::UndeletedTwice => {
+                state.sessions.iter().any(|session| session.mark == Mark::Undelete4)
+            }
+            Self::SnapshotBuried => !(state.purged() & state.removed).is_empty(),
+            Self::CompactionBuried => {
+                !(state.decided_as(Decision::Map) & state.graves & state.removed).is_empty()
+            }
+            Self::AbortReplaced => state.sessions.iter().enumerate().any(|(id, session)| {
+                session.phase == Phase::Committed && state.graves.has(id)
+            }),
+        }
+    }
+}
+
+/// Whether a used place was copied to one of these packs.
+fn read_through_a_map(state: &State, maps: Ids, packs: Ids, used: Places) -> bool {
+    (maps & packs).iter().any(|map| !(state.sessions[map].refs & used).is_empty())
 }

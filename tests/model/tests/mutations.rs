@@ -9,7 +9,7 @@ use petra_model::{Config, Model, Mutation, Property, explore};
 #[track_caller]
 fn caught(mutation: Mutation, config: Config, property: Property) {
     let model = Model { config, mutation: Some(mutation) };
-    let exploration = explore(&model, &[property], 2);
+    let exploration = explore(&model, &[property], &[], 2);
     let Some(violation) = exploration.violation else {
         panic!("{mutation:?} was not noticed in {} states of {:?}", exploration.states, config.name);
     };
