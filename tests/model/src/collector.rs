@@ -7,6 +7,34 @@ use crate::state::{ACTING, Decision, Pack, Phase, State, Viewer};
 use crate::view::{Known, Verdict};
 
 impl Model {
+    /// Aborts of sessions judged silent, by any collector at any time.
+    pub(crate) fn aborts(&self, state: &State, steps: &mut Vec<(Step, State)>) {
+        for session in 0..SESSIONS {
+            let decision = state.sessions[session].decision;
+            if decision == Decision::None && self.is_known(state, session) && !self.is(Mutation::NoAborts) {
+                let mut next = *state;
+                next.sessions[session].decision = Decision::Abort;
+                steps.push((Step::Abort { session }, next));
+                if self.is(Mutation::AbortDeletesPacks) && state.sessions[session].pack != Pack::None {
+                    // The Abort is still on its way, and the commit may win.
+                    let mut next = *state;
+                    next.sessions[session].pack = Pack::Doomed;
+                    steps.push((Step::Abort { session }, next));
+                }
+                if self.is(Mutation::PinOfUndecidedRemoved) && !state.adrift.has(session) {
+                    let mut next = *state;
+                    next.adrift |= Ids::one(session);
+                    steps.push((Step::RemovePin { session }, next));
+                }
+            }
+            if decision == Decision::Abort && self.is(Mutation::AbortRemoved) {
+                let mut next = *state;
+                next.sessions[session].decision = Decision::None;
+                steps.push((Step::RemoveAbort { session }, next));
+            }
+        }
+    }
+
     /// The steps of a collector.
     pub(crate) fn collector(&self, state: &State, viewer: usize, steps: &mut Vec<(Step, State)>) {
         if state.viewers[viewer].stage == ACTING {

@@ -56,6 +56,7 @@ pub const COMPACTION: Config = Config {
     clones: 1,
     collectors: 2,
     second_chunk: true,
+    resolving: true,
     goals: &[Goal::CopyIsRead, Goal::PurgedIsRead],
     ..NOBODY
 };
@@ -67,6 +68,7 @@ pub const CHAIN: Config = Config {
     clones: 0,
     collectors: 2,
     second_chunk: true,
+    resolving: true,
     goals: &[Goal::CopyIsRead, Goal::CopyOfCopyIsRead, Goal::RacingCopies],
     ..NOBODY
 };
@@ -93,13 +95,50 @@ pub const BORROWING: Config = Config {
 
 /// Compactions of compactions, beside graves.
 pub const CHAIN_AND_GRAVES: Config = Config {
-    name: "chained compaction and graves: 2 compactors, writer, collector, deleter",
+    name: "chained compaction and graves: 2 compactors, 2 collectors, deleter",
+    roles: [Role::Snapshot, Role::Compactor, Role::Compactor, Role::Unused, Role::Unused],
     graves: true,
-    collectors: 1,
-    goals: &[Goal::CopyOfCopyIsRead, Goal::RacingCopies, Goal::CompactionBuried, Goal::SnapshotBuried],
+    goals: &[
+        Goal::CopyOfCopyIsRead,
+        Goal::RacingCopies,
+        Goal::CompactionBuried,
+        Goal::SnapshotBuried,
+    ],
     ..CHAIN
 };
 
-/// All of them.
-pub const ALL: [Config; 7] =
+/// All that are small enough to be explored with every test run.
+pub const SMALL: [Config; 7] =
     [CONCURRENT, RETRY, COMPACTION, CHAIN, UNDELETE, BORROWING, CHAIN_AND_GRAVES];
+
+/// One more clone.
+pub const CONCURRENT_CLONES: Config =
+    Config { name: "2 writers, 2 collectors, deleter, 2 clones", clones: 2, ..CONCURRENT };
+
+/// A clone that reads through chains.
+pub const CHAIN_AND_CLONE: Config = Config {
+    name: "2 compactors, writer, collector, deleter, clone",
+    clones: 1,
+    collectors: 1,
+    ..CHAIN
+};
+
+/// Two writers beside graves.
+pub const UNDELETE_WRITERS: Config = Config {
+    name: "undelete and graves: 2 writers, collector, deleter, clone",
+    roles: CONCURRENT.roles,
+    collectors: 1,
+    ..UNDELETE
+};
+
+/// A writer beside chains and graves.
+pub const CHAIN_AND_GRAVES_WRITER: Config = Config {
+    name: "chained compaction and graves: 2 compactors, writer, collector, deleter",
+    roles: CHAIN.roles,
+    collectors: 1,
+    ..CHAIN_AND_GRAVES
+};
+
+/// All that take too long for every test run.
+pub const LARGE: [Config; 4] =
+    [CONCURRENT_CLONES, CHAIN_AND_CLONE, UNDELETE_WRITERS, CHAIN_AND_GRAVES_WRITER];

@@ -130,7 +130,7 @@ pub enum Mutation {
     CollectorSkipsGraves,
     /// Collectors read graves first, and not again.
     CollectorReadsGravesFirst,
-    /// Collectors read graves last, and not before. What shows that this is enough.
+    /// Collectors read graves last, and not before: what was buried since may have been a root by its pin.
     CollectorReadsGravesLast,
     /// Snapshots that are purged and pinned go to a grave.
     PinnedGraved,

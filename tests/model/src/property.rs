@@ -147,8 +147,8 @@ pub enum Goal {
 }
 
 impl Goal {
-    /// Whether this is such a state.
-    pub fn is_reached(self, model: &Model, state: &State) -> bool {
+    /// Whether it happened in this state.
+    pub fn holds(self, model: &Model, state: &State) -> bool {
         let doomed = state.sessions_where(|session| session.pack == Pack::Doomed);
         let maps = model.maps(state);
         let used = model.kept(state).iter().fold(Places::NONE, |all, id| all | state.sessions[id].refs);

@@ -12,11 +12,11 @@ pub const CLONES: usize = 2;
 pub const CHUNKS: usize = 2;
 
 /// A set of sessions and clones. A session, its snapshot, its marks and its pack share one number.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ids(pub u8);
 
 /// A set of places: chunk `c` of pack `p` is the place `p * CHUNKS + c`.
-#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Places(pub u16);
 
 impl Ids {

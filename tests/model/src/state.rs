@@ -26,15 +26,13 @@
 //! because it dies. A pin whose owner is decided may be gone, so a listing under way does not find it (which is
 //! the dangerous case, where it matters), and the check for leaks does (which is the dangerous case there).
 
-use std::hash::{DefaultHasher, Hasher};
-
 use crate::sets::{CLONES, Ids, Places, SESSIONS};
 
 /// Collectors and compactors a configuration can have together.
 pub const VIEWERS: usize = 4;
 
 /// What `snaps/S` says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Decision {
     /// Nothing: undecided.
     #[default]
@@ -48,7 +46,7 @@ pub enum Decision {
 }
 
 /// How far a session is. Compactors use `Idle`, `Copied` and the phases from `Stored` on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// Not begun.
     #[default]
@@ -72,7 +70,7 @@ pub enum Phase {
 }
 
 /// The pack of a session.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Pack {
     /// No PUT was sent.
     #[default]
@@ -86,7 +84,7 @@ pub enum Pack {
 }
 
 /// The marks of a snapshot: its last one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Mark {
     /// No mark.
     #[default]
@@ -104,7 +102,7 @@ pub enum Mark {
 }
 
 /// A session: a writer's or a compactor's attempt, and all objects with its id.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Session {
     /// How far it is.
     pub phase: Phase,
@@ -123,7 +121,7 @@ pub struct Session {
 }
 
 /// How far a clone is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ClonePhase {
     /// Not begun.
     #[default]
@@ -141,8 +139,8 @@ pub enum ClonePhase {
 }
 
 /// A clone that reads a snapshot.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Clone {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CloneState {
     /// How far it is.
     pub phase: ClonePhase,
     /// The snapshot that it pinned.
@@ -152,7 +150,7 @@ pub struct Clone {
 }
 
 /// What a collector or compactor has seen so far, and what it has concluded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Viewer {
     /// Stages of its view that are done; `ACTING` when it is complete.
     pub stage: u8,
@@ -176,12 +174,12 @@ pub struct Viewer {
 pub const ACTING: u8 = u8::MAX;
 
 /// A state of the world.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct State {
     /// Sessions, by id.
     pub sessions: [Session; SESSIONS],
     /// Clones.
-    pub clones: [Clone; CLONES],
+    pub clones: [CloneState; CLONES],
     /// Collectors, sorted since they are alike, and compactors after them.
     pub viewers: [Viewer; VIEWERS],
     /// Ids in graves.
@@ -218,7 +216,7 @@ impl State {
     }
 
     /// Clones for which something holds.
-    pub fn clones_where(&self, holds: impl Fn(&Clone) -> bool) -> Ids {
+    pub fn clones_where(&self, holds: impl Fn(&CloneState) -> bool) -> Ids {
         let found = self.clones.iter().enumerate().filter(|(_, clone)| holds(clone));
         found.fold(Ids::NONE, |all, (id, _)| all | Ids::clone(id))
     }
@@ -229,58 +227,5 @@ impl State {
             None => self.sessions[owner].witnesses,
             Some(clone) => Ids::one(self.clones[clone].snapshot.into()),
         }
-    }
-
-    /// A number that tells states apart: two of a billion states share one with a chance of 3 %.
-    pub fn fingerprint(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        for session in &self.sessions {
-            let [refs_low, refs_high] = session.refs.0.to_le_bytes();
-            hasher.write_u64(u64::from_le_bytes([
-                session.phase as u8,
-                session.decision as u8,
-                session.mark as u8,
-                session.pack as u8,
-                session.witnesses.0,
-                session.valid.0,
-                refs_low,
-                refs_high,
-            ]));
-        }
-        for viewer in &self.viewers {
-            hasher.write_u64(u64::from_le_bytes([
-                viewer.stage,
-                viewer.purged.0,
-                viewer.ended.0,
-                viewer.pins.0,
-                viewer.decided.0,
-                viewer.graves.0,
-                viewer.deletes.0,
-                viewer.dead.0,
-            ]));
-        }
-        let [first, second] = self.clones;
-        hasher.write_u64(u64::from_le_bytes([
-            first.phase as u8,
-            first.snapshot,
-            first.maps.0,
-            second.phase as u8,
-            second.snapshot,
-            second.maps.0,
-            self.graves.0,
-            self.removed.0,
-        ]));
-        let [sent_low, sent_high] = self.sent.0.to_le_bytes();
-        hasher.write_u64(u64::from_le_bytes([
-            self.adrift.0,
-            self.purged_beside.0,
-            self.told_back.0,
-            u8::from(self.damage),
-            sent_low,
-            sent_high,
-            0,
-            0,
-        ]));
-        hasher.finish()
     }
 }

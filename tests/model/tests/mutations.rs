@@ -9,7 +9,7 @@ use petra_model::{Config, Model, Mutation, Property, explore};
 #[track_caller]
 fn caught(mutation: Mutation, config: Config, property: Property) {
     let model = Model { config, mutation: Some(mutation) };
-    let exploration = explore(&model, &[property], &[], 2);
+    let exploration = explore(model, &[property]);
     let Some(violation) = exploration.violation else {
         panic!("{mutation:?} was not noticed in {} states of {:?}", exploration.states, config.name);
     };
@@ -96,6 +96,7 @@ caught! {
     undelete_skips_graves: UndeleteSkipsGraves in alone(UNDELETE) => ReportsAreTrue;
     collector_skips_graves: CollectorSkipsGraves in alone(UNDELETE) => NoFalseAlarm;
     collector_reads_graves_first: CollectorReadsGravesFirst in UNDELETE => NoFalseAlarm;
+    collector_reads_graves_last: CollectorReadsGravesLast in UNDELETE => KeptIsReadable;
     pinned_graved: PinnedGraved in alone(UNDELETE) => PinnedIsReadable;
     chained_map_graved: ChainedMapGraved in alone(CHAIN_AND_GRAVES) => KeptIsReadable;
     live_map_graved: LiveMapGraved in alone(CHAIN_AND_GRAVES) => KeptIsReadable;
