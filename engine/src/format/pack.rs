@@ -79,7 +79,12 @@ pub struct PackBuilder {
 impl PackBuilder {
     /// An empty pack.
     pub fn new(id: PackId, kind: PackKind) -> Self {
-        let mut bytes = Vec::with_capacity(TARGET_BYTES + (1 << 20));
+        Self::within(id, kind, Vec::with_capacity(TARGET_BYTES + (1 << 20)))
+    }
+
+    /// An empty pack in memory that was used before: what a pack takes is much to ask the system for again and again.
+    pub fn within(id: PackId, kind: PackKind, mut bytes: Vec<u8>) -> Self {
+        bytes.clear();
         bytes.extend_from_slice(MAGIC);
         bytes.extend_from_slice(&[VERSION as u8, kind as u8, 0, 0, 0, 0, 0, 0]);
         Self { id, kind, bytes, count: 0, entries: Vec::new() }

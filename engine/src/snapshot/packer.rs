@@ -1,7 +1,7 @@
 //! Packs that grow, and their way to the store.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::block::{BlockKind, BlockRef};
 use crate::format::frame::FrameLocation;
-use crate::format::pack::{PackBuilder, PackKind};
+use crate::format::pack::{PackBuilder, PackKind, TARGET_BYTES};
 use crate::id::{Digest, PackId, SnapshotId};
 use crate::key::Key;
 use crate::progress::Event;
@@ -30,11 +30,34 @@ pub struct Counts {
     pub packs: AtomicU64,
 }
 
+/// Memory of packs that were stored, for those to come.
+#[derive(Debug, Default)]
+pub struct Buffers(Mutex<Vec<Vec<u8>>>);
+
+impl Buffers {
+    fn take(&self) -> Option<Vec<u8>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    }
+
+    /// Takes memory back, unless the store still holds it.
+    fn give(&self, bytes: Bytes) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // One is filled while others are on their way: more are never needed at one time.
+        if let Ok(bytes) = bytes.try_into_mut()
+            && bytes.len() >= TARGET_BYTES / 2
+            && kept.len() < 2
+        {
+            kept.push(bytes.into());
+        }
+    }
+}
+
 /// Appends frames and manifest blocks to the session's open packs. Called from the workers.
 #[derive(Debug)]
 pub struct Packer {
     session: SnapshotId,
     next_number: AtomicU32,
+    buffers: Arc<Buffers>,
     data: Mutex<Option<PackBuilder>>,
     manifest: Mutex<Option<PackBuilder>>,
     complete: mpsc::Sender<PackBuilder>,
@@ -42,9 +65,13 @@ pub struct Packer {
 
 impl Packer {
     /// A packer whose complete packs go to `complete`.
-    pub fn new(session: SnapshotId, complete: mpsc::Sender<PackBuilder>) -> Self {
-        let next_number = AtomicU32::new(0);
-        Self { session, next_number, data: Mutex::default(), manifest: Mutex::default(), complete }
+    pub fn new(
+        session: SnapshotId,
+        complete: mpsc::Sender<PackBuilder>,
+        buffers: Arc<Buffers>,
+    ) -> Self {
+        let (data, manifest) = (Mutex::default(), Mutex::default());
+        Self { session, next_number: AtomicU32::new(0), buffers, data, manifest, complete }
     }
 
     /// Appends an encoded frame. Waits while the store is slower than the workers.
@@ -75,7 +102,12 @@ impl Packer {
         let mut open = slot.lock().unwrap_or_else(PoisonError::into_inner);
         let pack = open.get_or_insert_with(|| {
             let number = self.next_number.fetch_add(1, Ordering::Relaxed);
-            PackBuilder::new(PackId { session: self.session, number }, kind)
+            let id = PackId { session: self.session, number };
+            let buffer = if kind == PackKind::Data { self.buffers.take() } else { None };
+            buffer.map_or_else(
+                || PackBuilder::new(id, kind),
+                |buffer| PackBuilder::within(id, kind, buffer),
+            )
         });
         let added = append(pack);
         let full = if pack.is_full() { open.take() } else { None };
@@ -115,8 +147,9 @@ impl Packer {
 pub async fn upload(
     repo: Repository,
     mut complete: mpsc::Receiver<PackBuilder>,
-    counts: std::sync::Arc<Counts>,
-    halt: std::sync::Arc<Halt>,
+    buffers: Arc<Buffers>,
+    counts: Arc<Counts>,
+    halt: Arc<Halt>,
     ctx: Context,
 ) {
     let mut puts: JoinSet<Result<u64>> = JoinSet::new();
@@ -130,12 +163,13 @@ pub async fn upload(
             pack = complete.recv() => pack,
         };
         let Some(pack) = pack else { break };
-        let store = repo.shared_store();
+        let (store, buffers) = (repo.shared_store(), buffers.clone());
         puts.spawn(async move {
             let (id, bytes) = pack.finish();
             let bytes = Bytes::from(bytes);
             let len = bytes.len() as u64;
-            store.put(&Key::pack(id), bytes).await?;
+            store.put(&Key::pack(id), bytes.clone()).await?;
+            buffers.give(bytes);
             Ok(len)
         });
     }

@@ -7,7 +7,7 @@ use futures::{StreamExt, stream};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::halt::Halt;
-use super::packer::{Counts, Packer, upload};
+use super::packer::{Buffers, Counts, Packer, upload};
 use super::worker::Worker;
 use super::{preload, remember};
 use crate::context::Context;
@@ -138,9 +138,11 @@ impl Pipeline {
         // Work within a task can't wait for room in the middle of a segment; it waits between segments.
         let (complete, packs) = mpsc::channel(if inline { Semaphore::MAX_PERMITS } else { 1 });
         let (jobs, queue) = mpsc::channel(2 * self.ctx.limits.threads.max(1));
+        let buffers = Arc::new(Buffers::default());
         let uploader = tokio::spawn(upload(
             self.repo.clone(),
             packs,
+            buffers.clone(),
             counts.clone(),
             self.halt.clone(),
             self.ctx.clone(),
@@ -149,7 +151,7 @@ impl Pipeline {
         let work = {
             let (index, halt, ctx) = (self.index.clone(), self.halt.clone(), self.ctx.clone());
             let (volumes, counts) = (volumes.clone(), counts.clone());
-            let packer = Packer::new(self.session, complete);
+            let packer = Packer::new(self.session, complete, buffers);
             let chunking = self.repo.config().chunking;
             if inline {
                 tokio::spawn(async move {
