@@ -189,6 +189,11 @@ fn store(error: &StoreError, at: Option<&PetraUrl>) -> Option<String> {
             "the server must support conditional writes (PutObject with If-None-Match); update it or \
              use another"
         }
+        (StoreErrorCause::NotExclusive, _) => {
+            "use a server that keeps PutObject with If-None-Match: *; where you see to it that only one \
+             process writes at any time, petra init --single-writer makes a repository without it; \
+             reading needs none of this"
+        }
         (StoreErrorCause::Unavailable, _) => {
             "check the endpoint and the network, then run the same command again: what is committed \
              is safe"

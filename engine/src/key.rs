@@ -11,6 +11,7 @@
 //! | `moves/PACK/SESSION` | a compaction that moves a pack: found by it, decided by `snaps/SESSION` |
 //! | `graves/SESSION` | ids of sessions, snapshots and clones whose small objects were removed |
 //! | `runs/EXPERIMENT/RUN/SESSION` | where a session belongs: found by name, decided by `snaps/SESSION` |
+//! | `probe/STAMP` | there for a moment, while a store is tried |
 //!
 //! Keys are relative to the repository; stores add their prefix or directory.
 
@@ -39,6 +40,8 @@ pub const MOVES: &str = "moves/";
 pub const GRAVES: &str = "graves/";
 /// The prefix of the catalogue.
 pub const RUNS: &str = "runs/";
+/// The prefix of all probes.
+pub const PROBE: &str = "probe/";
 
 impl Key {
     /// The repository's parameters.
@@ -79,6 +82,11 @@ impl Key {
     /// A list of dead ids.
     pub fn grave(id: SnapshotId) -> Self {
         Self(format!("{GRAVES}{id}"))
+    }
+
+    /// The object of one probe.
+    pub fn probe(stamp: &str) -> Self {
+        Self(format!("{PROBE}{stamp}"))
     }
 
     /// A key from a listing.

@@ -29,6 +29,7 @@ pub mod id;
 pub mod index;
 pub mod key;
 pub mod name;
+mod probe;
 pub mod progress;
 pub mod publish;
 pub mod record;

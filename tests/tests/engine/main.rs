@@ -14,6 +14,7 @@ mod fixtures;
 mod found;
 mod incremental;
 mod kill;
+mod probing;
 mod roundtrip;
 mod sendable;
 mod sources;
