@@ -28,6 +28,7 @@ mod graves;
 pub mod id;
 pub mod index;
 pub mod key;
+pub mod marks;
 pub mod name;
 mod probe;
 pub mod progress;

@@ -11,6 +11,7 @@ mod manual;
 mod restore;
 mod rm;
 mod snapshot;
+mod undelete;
 mod verify;
 
 use clap::Subcommand;
@@ -37,6 +38,8 @@ pub enum Command {
     Du(du::Du),
     /// Delete snapshots; their data goes with a later gc
     Rm(rm::Rm),
+    /// Bring back deleted snapshots that no gc has freed
+    Undelete(undelete::Undelete),
     /// Free what no snapshot needs any more
     Gc(gc::Gc),
     /// Check that everything snapshots need is there and undamaged
@@ -61,6 +64,7 @@ impl Command {
             Self::Diff(command) => command.run(session).await,
             Self::Du(command) => command.run(session).await,
             Self::Rm(command) => command.run(session).await,
+            Self::Undelete(command) => command.run(session).await,
             Self::Gc(command) => command.run(session).await,
             Self::Verify(command) => command.run(session).await,
             Self::Demo(command) => command.run(session).await,

@@ -19,6 +19,7 @@ mod roundtrip;
 mod sendable;
 mod sources;
 mod traffic;
+mod undelete;
 
 use tokio::runtime::Runtime;
 

@@ -31,6 +31,8 @@ async fn story(access: &Access) {
     init(connect(access).await).await;
     let repo = Repository::open(connect(access).await).await.unwrap();
     let taken = take(&repo, &volume()).await.unwrap();
+    repo.delete(taken.id, &context()).await.unwrap();
+    repo.undelete(taken.id, &context()).await.unwrap();
     check(&repo, &taken.volumes[0], &volume()).await.unwrap();
     assert_eq!(objects(repo.store(), "probe/").await, []);
     assert_tidy(&repo).await;
@@ -71,9 +73,13 @@ async fn a_single_writer_works_at_any_endpoint() {
         let first = take(&repo, &volume()).await.unwrap();
         let changed = volume().with(7, b"changed");
         let second = take(&repo, &changed).await.unwrap();
+        repo.delete(first.id, &context()).await.unwrap();
+        repo.undelete(first.id, &context()).await.unwrap();
         check(&repo, &first.volumes[0], &volume()).await.unwrap();
         repo.delete(first.id, &context()).await.unwrap();
         collect_all(&repo).await.unwrap();
+        let late = repo.undelete(first.id, &context()).await.unwrap_err();
+        assert!(matches!(late, Error::Purged { .. }), "{late}");
         check(&repo, &second.volumes[0], &changed).await.unwrap();
         assert_tidy(&repo).await;
     }
@@ -100,8 +106,10 @@ async fn behind_a_bad_endpoint_a_repository_can_only_be_read() {
         let ctx = context();
         assert_refused(take(&open().await, &volume()).await, access);
         assert_refused(open().await.delete(taken.id, &ctx).await, access);
+        assert_refused(open().await.undelete(old.id, &ctx).await, access);
         assert_refused(collect_all(&open().await).await, access);
     }
     assert_eq!(objects(repo.store(), "").await, before, "nothing was written");
+    repo.undelete(old.id, &context()).await.unwrap();
     assert_tidy(&repo).await;
 }
