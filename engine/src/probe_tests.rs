@@ -212,6 +212,7 @@ async fn a_repository_behind_a_bad_endpoint_can_only_be_read() {
         }
         assert_refused(repo.delete(ctx.host.new_id(), &ctx).await, how);
         assert_refused(repo.undelete(ctx.host.new_id(), &ctx).await, how);
+        assert_refused(repo.set_policy(None, None, &ctx).await, how);
         // It is remembered: a race that is won by chance the next time would say nothing.
         store.turn(Creates::Kept);
         assert_refused(repo.ready_to_write(&ctx).await, how);

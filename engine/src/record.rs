@@ -242,6 +242,8 @@ pub mod kind {
     pub const MOVE: &str = "move";
     /// [`super::CatalogueEntry`].
     pub const CATALOGUE: &str = "catalogue";
+    /// What [`crate::policies`] stores.
+    pub const POLICIES: &str = "policies";
 }
 
 impl From<RootRef> for BlockRef {

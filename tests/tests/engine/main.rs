@@ -15,6 +15,7 @@ mod found;
 mod incremental;
 mod kill;
 mod probing;
+mod pruning;
 mod roundtrip;
 mod sendable;
 mod sources;

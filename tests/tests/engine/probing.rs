@@ -107,6 +107,7 @@ async fn behind_a_bad_endpoint_a_repository_can_only_be_read() {
         assert_refused(take(&open().await, &volume()).await, access);
         assert_refused(open().await.delete(taken.id, &ctx).await, access);
         assert_refused(open().await.undelete(old.id, &ctx).await, access);
+        assert_refused(open().await.set_policy(None, None, &ctx).await, access);
         assert_refused(collect_all(&open().await).await, access);
     }
     assert_eq!(objects(repo.store(), "").await, before, "nothing was written");
