@@ -199,6 +199,10 @@ impl Store for Synthetic {
         "synthetic".to_owned()
     }
 
+    fn create_is_exclusive(&self) -> bool {
+        true
+    }
+
     async fn get(&self, key: &Key) -> Result<Bytes, StoreError> {
         match self.synthetic(key.as_str()) {
             Some(bytes) => Ok(bytes),

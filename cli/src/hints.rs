@@ -56,6 +56,10 @@ pub fn hint(error: &Error, at: Option<&PetraUrl>) -> Option<String> {
             "run the snapshot again; if it was still working, collect with a longer gc --silent"
                 .to_owned()
         }
+        Error::Purged { .. } => format!(
+            "petra ls --deleted {} lists what can still come back; a longer gc --grace keeps more",
+            at.map_or("URL".to_owned(), |url| quoted(&url.repository.to_string()))
+        ),
         Error::SourceChanged { .. } => {
             "stop its writer, or freeze or unmount it, and take the snapshot again".to_owned()
         }
@@ -129,6 +133,10 @@ fn around(what: &str, item: &Item) -> (&'static str, Item) {
         ("volume", Item::Snapshot { snapshot, .. }, _) => {
             ("info", Item::Snapshot { snapshot: snapshot.clone(), volume: None })
         }
+        ("deleted snapshot", _, Some((experiment, run))) => {
+            ("ls --deleted", Item::Run { experiment, run })
+        }
+        ("deleted snapshot", ..) => ("ls --deleted", Item::Repository),
         ("snapshot", _, Some((experiment, run))) => ("ls", Item::Run { experiment, run }),
         ("run", _, Some((experiment, _))) => ("ls", Item::Experiment(experiment)),
         ("snapshot", ..) => ("ls --recursive", Item::Repository),
@@ -188,6 +196,11 @@ fn store(error: &StoreError, at: Option<&PetraUrl>) -> Option<String> {
         (StoreErrorCause::Unsupported, _) => {
             "the server must support conditional writes (PutObject with If-None-Match); update it or \
              use another"
+        }
+        (StoreErrorCause::NotExclusive, _) => {
+            "use a server that keeps PutObject with If-None-Match: *; where you see to it that only one \
+             process writes at any time, petra init --single-writer makes a repository without it; \
+             reading needs none of this"
         }
         (StoreErrorCause::Unavailable, _) => {
             "check the endpoint and the network, then run the same command again: what is committed \

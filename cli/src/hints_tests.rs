@@ -116,6 +116,7 @@ fn stores_that_refuse() {
         (s3, Cause::Credentials, "AWS_ACCESS_KEY_ID"),
         (s3, Cause::Full, "petra gc"),
         (s3, Cause::Unsupported, "conditional writes"),
+        (s3, Cause::NotExclusive, "petra init --single-writer"),
         (s3, Cause::Unavailable, "run the same command again"),
     ] {
         let error = store_error(location, cause);

@@ -3,7 +3,8 @@
 use std::future::Future;
 
 use petra_engine::store;
-use petra_engine::{Context, Error, PetraUrl, Repository};
+use petra_engine::{Context, Error, PetraUrl, Repository, RepositoryUrl};
+use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Global;
@@ -20,12 +21,19 @@ pub struct Session {
     /// Cancelled by a signal.
     pub cancel: CancellationToken,
     global: Global,
+    /// Repositories that are open: several URLs of one command are often in one of them.
+    opened: Mutex<Vec<(RepositoryUrl, Repository)>>,
 }
 
 impl Session {
     /// A session with these options.
     pub fn new(global: &Global, out: Output) -> Self {
-        Self { out, cancel: CancellationToken::new(), global: global.clone() }
+        Self {
+            out,
+            cancel: CancellationToken::new(),
+            global: global.clone(),
+            opened: Mutex::default(),
+        }
     }
 
     /// The repository of `--repository` or `PETRA_REPOSITORY`.
@@ -41,10 +49,15 @@ impl Session {
     /// Opens the repository of a URL.
     pub async fn open(&self, url: &PetraUrl) -> Result<Repository, Failure> {
         let repository = url.resolved_repository()?;
+        let mut opened = self.opened.lock().await;
+        if let Some((_, open)) = opened.iter().find(|(at, _)| *at == repository) {
+            return Ok(open.clone());
+        }
         tracing::debug!(%repository, "open");
-        self.unless_cancelled(async { Repository::open(store::open(&repository).await?).await })
-            .await
-            .at(url)
+        let open = async { Repository::open(store::open(&repository).await?).await };
+        let open = self.unless_cancelled(open).await.at(url)?;
+        opened.push((repository, open.clone()));
+        Ok(open)
     }
 
     /// Waits for a request that takes no context of its own. Such a request changes nothing, so that it can be

@@ -22,6 +22,7 @@ impl ClonePin {
     /// Pins a snapshot, which may be deleted but not purged. When this returns, the whole snapshot can be read
     /// until the pin is ended. After an error nothing needs to be ended, as far as the store could still be reached.
     pub async fn take(repo: &Repository, snapshot: SnapshotId, ctx: &Context) -> Result<Self> {
+        repo.ready_to_write(ctx).await?;
         let pin = Self { repo: repo.clone(), id: ctx.host.new_id(), snapshot };
         let result = pin.put(ctx).await;
         if result.is_err() {

@@ -120,6 +120,17 @@ pub enum Error {
         /// The session that lost.
         session: SnapshotId,
     },
+    /// A collector has given up a deleted snapshot's data, for ever.
+    #[error(
+        "snapshot {snapshot} can't come back: a garbage collection gave up its data{}",
+        .at.map_or(String::new(), |at| format!(" at {at}"))
+    )]
+    Purged {
+        /// The snapshot.
+        snapshot: SnapshotId,
+        /// When, by the collector's clock; None once nothing is left that says so.
+        at: Option<jiff::Timestamp>,
+    },
     /// The source changed while it was read.
     #[error("{path} changed while it was read: {detail}")]
     SourceChanged {
@@ -171,6 +182,7 @@ impl Error {
             | Self::Version { .. }
             | Self::Unknown { .. }
             | Self::Ambiguous { .. }
+            | Self::Purged { .. }
             | Self::SourceChanged { .. }
             | Self::Target { .. }
             | Self::Io { .. } => ErrorKind::Fix,

@@ -11,6 +11,8 @@
 //! | `moves/PACK/SESSION` | a compaction that moves a pack: found by it, decided by `snaps/SESSION` |
 //! | `graves/SESSION` | ids of sessions, snapshots and clones whose small objects were removed |
 //! | `runs/EXPERIMENT/RUN/SESSION` | where a session belongs: found by name, decided by `snaps/SESSION` |
+//! | `policies/N` | how long snapshots are kept; the highest number holds |
+//! | `probe/STAMP` | there for a moment, while a store is tried |
 //!
 //! Keys are relative to the repository; stores add their prefix or directory.
 
@@ -39,6 +41,10 @@ pub const MOVES: &str = "moves/";
 pub const GRAVES: &str = "graves/";
 /// The prefix of the catalogue.
 pub const RUNS: &str = "runs/";
+/// The prefix of all policies.
+pub const POLICIES: &str = "policies/";
+/// The prefix of all probes.
+pub const PROBE: &str = "probe/";
 
 impl Key {
     /// The repository's parameters.
@@ -81,6 +87,16 @@ impl Key {
         Self(format!("{GRAVES}{id}"))
     }
 
+    /// The `n`-th set of policies, from 1.
+    pub fn policies(n: u32) -> Self {
+        Self(format!("{POLICIES}{n:06}"))
+    }
+
+    /// The object of one probe.
+    pub fn probe(stamp: &str) -> Self {
+        Self(format!("{PROBE}{stamp}"))
+    }
+
     /// A key from a listing.
     pub fn from_listing(key: String) -> Self {
         Self(key)
@@ -121,6 +137,14 @@ pub fn parse_numbered(key: &str, prefix: &str) -> Option<PackId> {
 /// The session of a listed entry of the catalogue.
 pub fn parse_catalogued(key: &str) -> Option<SnapshotId> {
     key.strip_prefix(RUNS)?.split('/').nth(2)?.parse().ok()
+}
+
+/// The number of a listed set of policies.
+pub fn parse_policies(key: &str) -> Option<u32> {
+    let digits = key.strip_prefix(POLICIES)?;
+    let n = digits.parse().ok()?;
+    // One number has one spelling.
+    (format!("{n:06}") == digits).then_some(n)
 }
 
 /// The part of a listed key after `prefix`, as an id.

@@ -21,6 +21,26 @@ pub struct Config {
     pub created: Timestamp,
     /// How volumes are split.
     pub chunking: Chunking,
+    /// How many may write at one time.
+    #[serde(default, skip_serializing_if = "Writers::is_many")]
+    pub writers: Writers,
+}
+
+/// How many processes may write to a repository at one time. Any number may read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Writers {
+    /// Any number: the store creates an object for one of them only.
+    #[default]
+    Many,
+    /// One, whose owner sees to that: for a store that does not keep create-if-absent.
+    Single,
+}
+
+impl Writers {
+    fn is_many(&self) -> bool {
+        *self == Self::Many
+    }
 }
 
 /// A snapshot: one point in time of one or more volumes.
@@ -222,6 +242,8 @@ pub mod kind {
     pub const MOVE: &str = "move";
     /// [`super::CatalogueEntry`].
     pub const CATALOGUE: &str = "catalogue";
+    /// What [`crate::policies`] stores.
+    pub const POLICIES: &str = "policies";
 }
 
 impl From<RootRef> for BlockRef {

@@ -15,8 +15,11 @@ use crate::graves::GraveCache;
 use crate::id::SnapshotId;
 use crate::key::{self, Key};
 use crate::name::Name;
+use crate::probe::CheckedStore;
 use crate::publish::{Published, publish};
-use crate::record::{CatalogueEntry, Config, Decision, Mark, MarkKind, SnapshotRecord, kind};
+use crate::record::{
+    CatalogueEntry, Config, Decision, Mark, MarkKind, SnapshotRecord, Writers, kind,
+};
 use crate::relocation::RelocationCache;
 use crate::store::{Store, list_all, list_each};
 use crate::url::{Item, Selector, SnapshotRef};
@@ -27,7 +30,7 @@ pub(crate) const READS: usize = 32;
 /// An open repository. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Repository {
-    store: Arc<dyn Store>,
+    store: Arc<CheckedStore>,
     config: Arc<Config>,
     relocations: Arc<RelocationCache>,
     graves: Arc<GraveCache>,
@@ -54,19 +57,32 @@ struct Listed {
 }
 
 impl Repository {
-    /// Makes a repository in an empty place.
+    /// Makes a repository in an empty place, if the store lets one of several creates win.
     pub async fn init(store: Arc<dyn Store>, chunking: Chunking, ctx: &Context) -> Result<Self> {
+        Self::init_for(Writers::Many, store, chunking, ctx).await
+    }
+
+    /// Makes a repository in an empty place. For [`Writers::Single`] any store will do.
+    pub async fn init_for(
+        writers: Writers,
+        store: Arc<dyn Store>,
+        chunking: Chunking,
+        ctx: &Context,
+    ) -> Result<Self> {
         let config = Config {
             id: ctx.host.new_id(),
             created: timestamp(ctx),
             chunking: chunking.validate()?,
+            writers,
         };
-        let not_empty = |found| Error::NotEmpty { location: store.location(), found };
+        let location = store.location();
+        let not_empty = |found| Error::NotEmpty { location: location.clone(), found };
         match store.list("", None).await {
             Ok(page) if page.entries.iter().any(|entry| entry.key == Key::config().as_str()) => {
                 return Err(not_empty("already holds a repository"));
             }
-            Ok(page) if !page.entries.is_empty() => {
+            // What a killed probe left is nothing.
+            Ok(page) if page.entries.iter().any(|entry| !entry.key.starts_with(key::PROBE)) => {
                 return Err(not_empty("is not empty, and what it holds is not a repository"));
             }
             Ok(_) => {}
@@ -75,6 +91,7 @@ impl Repository {
             Err(error) => return Err(error.into()),
         }
         let body = envelope::seal(kind::CONFIG, &config).map_err(not_json)?;
+        let store = Arc::new(CheckedStore::for_init(store, writers));
         match publish(&*store, &Key::config(), body).await? {
             Published::Ours => Ok(Self::new(store, config)),
             Published::Theirs(_) => Err(not_empty("already holds a repository")),
@@ -94,10 +111,11 @@ impl Repository {
             object: Key::config().to_string(),
             detail: error.to_string(),
         })?;
+        let store = Arc::new(CheckedStore::new(store, config.writers));
         Ok(Self::new(store, config))
     }
 
-    fn new(store: Arc<dyn Store>, config: Config) -> Self {
+    fn new(store: Arc<CheckedStore>, config: Config) -> Self {
         Self {
             store,
             config: Arc::new(config),
@@ -112,6 +130,13 @@ impl Repository {
 
     pub(crate) fn relocation_cache(&self) -> &RelocationCache {
         &self.relocations
+    }
+
+    /// Fails where the store can't be written to safely: it does not keep create-if-absent. Costs a few requests
+    /// the first time, unless the store is known. Every operation that writes asks by itself; who asks earlier, while
+    /// it does something else, waits less.
+    pub async fn ready_to_write(&self, ctx: &Context) -> Result<()> {
+        Ok(self.store.ready(ctx).await?)
     }
 
     /// The repository's URL.
@@ -220,7 +245,7 @@ impl Repository {
         Ok(record)
     }
 
-    fn unknown_snapshot(&self, id: SnapshotId) -> Error {
+    pub(crate) fn unknown_snapshot(&self, id: SnapshotId) -> Error {
         Error::Unknown {
             what: "snapshot",
             name: id.to_string(),
@@ -301,7 +326,8 @@ impl Repository {
     /// Marks a snapshot as deleted. Its data goes with a later collection. Deleting it again changes nothing, so
     /// a delete whose answer got lost can be repeated.
     pub async fn delete(&self, id: SnapshotId, ctx: &Context) -> Result<()> {
-        if self.committed(id).await?.is_none() {
+        let (committed, ()) = futures::try_join!(self.committed(id), self.ready_to_write(ctx))?;
+        if committed.is_none() {
             return Err(self.unknown_snapshot(id));
         }
         // Only after no mark or an Undelete: a Purge is final, and nothing may follow it.
@@ -344,7 +370,7 @@ impl Repository {
         Ok(Some(MarkState { k, mark: mark.mark, at: mark.at }))
     }
 
-    async fn last_mark(&self, id: SnapshotId) -> Result<Option<MarkState>> {
+    pub(crate) async fn last_mark(&self, id: SnapshotId) -> Result<Option<MarkState>> {
         let mut last = None;
         list_each(&*self.store, &format!("{}{id}/", key::MARKS), |entry| {
             last = key::parse_numbered(&entry.key, key::MARKS).map(|mark| mark.number).max(last);

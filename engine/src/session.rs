@@ -32,6 +32,7 @@ impl Session {
         witnesses: &[SnapshotId],
         ctx: &Context,
     ) -> Result<(Self, Vec<SnapshotId>)> {
+        repo.ready_to_write(ctx).await?;
         let id = ctx.host.new_id();
         let mut session =
             Self { repo: repo.clone(), id, ctx: ctx.clone(), pinned: false, entry: None, puts: 0 };

@@ -250,4 +250,8 @@ impl Store for Recording {
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         self.run(Operation::Delete, key.as_str(), 0, self.inner.delete(key)).await
     }
+
+    fn create_is_exclusive(&self) -> bool {
+        self.inner.create_is_exclusive()
+    }
 }

@@ -4,15 +4,22 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto::Builder;
 use petra_engine::store::{S3Credentials, S3Options};
 use petra_engine::url::{RepositoryUrl, S3Location};
 use rustix::fs::XattrFlags;
 use s3s::auth::SimpleAuth;
+use s3s::dto::{
+    CreateBucketInput, CreateBucketOutput, DeleteObjectInput, DeleteObjectOutput, GetObjectInput,
+    GetObjectOutput, ListObjectsV2Input, ListObjectsV2Output, PutObjectInput, PutObjectOutput,
+};
 use s3s::service::S3ServiceBuilder;
+use s3s::{S3, S3Request, S3Response, S3Result};
 use s3s_fs::FileSystem;
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -77,20 +84,49 @@ impl Access {
     }
 }
 
-/// A server inside the test's process, always there. Its creates are *not* exclusive when they race.
+/// What a server makes of `If-None-Match`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Creates {
+    /// One of several creates wins.
+    Exclusive,
+    /// Each looks first and writes then, so that several win when they race: as the server comes.
+    Racing,
+    /// The condition is ignored.
+    Unconditional,
+    /// The condition is not known.
+    Refused,
+}
+
+/// A server inside the test's process, always there.
 #[derive(Debug)]
 pub struct InProcessS3 {
     access: Access,
     runtime: Option<Runtime>,
-    _dir: TempDir,
+    dir: Arc<TempDir>,
 }
 
 impl InProcessS3 {
     /// Starts a server with an empty bucket.
     pub fn start() -> Self {
+        Self::start_with(Creates::Exclusive)
+    }
+
+    /// The same with creates of this kind.
+    pub fn start_with(creates: Creates) -> Self {
         let dir = tempfile::tempdir().expect("temporary directory");
         std::fs::create_dir(dir.path().join(BUCKET)).expect("bucket");
-        let mut service = S3ServiceBuilder::new(FileSystem::new(dir.path()).expect("file system"));
+        Self::serve(Arc::new(dir), creates)
+    }
+
+    /// Another endpoint for the same objects.
+    pub fn endpoint(&self, creates: Creates) -> Self {
+        Self::serve(Arc::clone(&self.dir), creates)
+    }
+
+    fn serve(dir: Arc<TempDir>, creates: Creates) -> Self {
+        let files = FileSystem::new(dir.path()).expect("file system");
+        let server = Server { files, creates, turn: tokio::sync::Mutex::default() };
+        let mut service = S3ServiceBuilder::new(server);
         service.set_auth(SimpleAuth::from_single(ACCESS_KEY_ID, SECRET_ACCESS_KEY));
         let service = service.build();
         // A runtime of its own, so that it serves synchronous tests and other processes too.
@@ -111,12 +147,60 @@ impl InProcessS3 {
                 });
             }
         });
-        Self { access, runtime: Some(runtime), _dir: dir }
+        Self { access, runtime: Some(runtime), dir }
     }
 
     /// How to reach it.
     pub fn access(&self) -> &Access {
         &self.access
+    }
+}
+
+/// The operations that Petra uses, on files.
+struct Server {
+    files: FileSystem,
+    creates: Creates,
+    /// Creates take turns, where they are exclusive.
+    turn: tokio::sync::Mutex<()>,
+}
+
+type Answer<T> = S3Result<S3Response<T>>;
+
+#[async_trait]
+impl S3 for Server {
+    async fn create_bucket(&self, ask: S3Request<CreateBucketInput>) -> Answer<CreateBucketOutput> {
+        self.files.create_bucket(ask).await
+    }
+
+    async fn get_object(&self, ask: S3Request<GetObjectInput>) -> Answer<GetObjectOutput> {
+        self.files.get_object(ask).await
+    }
+
+    async fn put_object(&self, mut ask: S3Request<PutObjectInput>) -> Answer<PutObjectOutput> {
+        let is_create = ask.input.if_none_match.is_some();
+        let _turn = match self.creates {
+            Creates::Exclusive if is_create => Some(self.turn.lock().await),
+            Creates::Refused if is_create => {
+                return Err(s3s::s3_error!(NotImplemented, "no conditions here"));
+            }
+            Creates::Unconditional => {
+                ask.input.if_none_match = None;
+                None
+            }
+            Creates::Exclusive | Creates::Racing | Creates::Refused => None,
+        };
+        self.files.put_object(ask).await
+    }
+
+    async fn list_objects_v2(
+        &self,
+        ask: S3Request<ListObjectsV2Input>,
+    ) -> Answer<ListObjectsV2Output> {
+        self.files.list_objects_v2(ask).await
+    }
+
+    async fn delete_object(&self, ask: S3Request<DeleteObjectInput>) -> Answer<DeleteObjectOutput> {
+        self.files.delete_object(ask).await
     }
 }
 

@@ -18,7 +18,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use petra_engine::context::Host;
-use petra_engine::key::{GRAVES, Key, PACKS, PINS, SNAPS};
+use petra_engine::key::{GRAVES, Key, PACKS, PINS, PROBE, SNAPS};
 use petra_engine::store::{Creation, Entry, Page, Store, StoreError, StoreErrorCause};
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep};
@@ -232,7 +232,9 @@ impl World {
         };
         let (stays, result) = match &write.change {
             Change::Create(_) if there => {
-                let both = state.betrayal == Some(Betrayal::TwoWinners);
+                // It is found by those who try it first; this is about what happens where nobody does.
+                let is_probe = write.key.starts_with(PROBE);
+                let both = state.betrayal == Some(Betrayal::TwoWinners) && !is_probe;
                 (!both, if both { Creation::Created } else { Creation::Exists })
             }
             _ => (betrayed, Creation::Created),
@@ -546,6 +548,10 @@ impl SimulatedStore {
 impl Store for SimulatedStore {
     fn location(&self) -> String {
         "simulated:".to_owned()
+    }
+
+    fn create_is_exclusive(&self) -> bool {
+        true
     }
 
     async fn get(&self, key: &Key) -> Result<Bytes, StoreError> {

@@ -16,7 +16,7 @@ pub struct Gc {
     /// A repository; with #EXPERIMENT when it has '{experiment}' in it
     #[arg(value_name = "URL")]
     url: String,
-    /// How long deleted snapshots are kept
+    /// How long deleted snapshots are kept, and can be brought back with undelete
     #[arg(long, value_name = "TIME", default_value = "7d", value_parser = duration)]
     grace: Duration,
     /// After how long without a sign of life a writer is given up; its snapshot then fails
@@ -81,7 +81,7 @@ fn text(report: &CollectReport, dry_run: bool) -> String {
 }
 
 /// `7d`, `12h30m`, `90 minutes`. A day has 24 hours here.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     const SHAPE: &str = "write it as 7d, 12h or 30m";
     if text == "0" {
         return Ok(Duration::ZERO);
@@ -94,6 +94,20 @@ fn duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_grace_time_is_the_one_that_others_print() {
+        use clap::Parser;
+
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            gc: Gc,
+        }
+
+        let line = Line::try_parse_from(["petra", "URL"]).unwrap();
+        assert_eq!(line.gc.grace, petra_engine::marks::DEFAULT_GRACE);
+    }
 
     #[test]
     fn durations_as_people_write_them() {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use petra_engine::record::{Config, SnapshotRecord, VolumeRecord};
+use petra_engine::record::{Config, SnapshotRecord, VolumeRecord, Writers};
 use petra_engine::{Item, PetraUrl, Repository};
 use serde::Serialize;
 
@@ -84,6 +84,7 @@ async fn show(session: &Session, repository: &Repository, url: &PetraUrl) -> Res
                 .add("id", config.id.to_string())
                 .add("created", time(config.created))
                 .add("chunking", config.chunking.to_string())
+                .add_some("writers", (config.writers == Writers::Single).then_some("one at a time"))
                 .add("experiments", experiments.to_string());
             print(About::Repository { config, experiments }, fields.render())
         }

@@ -1,7 +1,7 @@
 //! `petra init`.
 
 use petra_engine::chunker::Chunking;
-use petra_engine::record::Config;
+use petra_engine::record::{Config, Writers};
 use petra_engine::store::{self, S3Store, StoreErrorCause};
 use petra_engine::{Error, Item, Repository, RepositoryUrl};
 use serde::Serialize;
@@ -22,6 +22,9 @@ pub struct Init {
     /// Make the bucket first if it is not there
     #[arg(long)]
     create_bucket: bool,
+    /// For a store without create-if-absent: you see to it that only one process writes at any time
+    #[arg(long)]
+    single_writer: bool,
 }
 
 #[derive(Serialize)]
@@ -46,7 +49,9 @@ impl Init {
         let activity = session.activity("init");
         let location = url.resolved_repository()?;
         let store = store::open(&location).await.at(&url)?;
-        let init = || Repository::init(store.clone(), self.chunking, &activity.context);
+        let writers = if self.single_writer { Writers::Single } else { Writers::Many };
+        let init =
+            || Repository::init_for(writers, store.clone(), self.chunking, &activity.context);
         let repository = match init().await {
             Err(Error::Store(error))
                 if self.create_bucket && error.cause == StoreErrorCause::NoContainer =>
@@ -62,6 +67,12 @@ impl Init {
         drop(activity);
         let document = Document { url: url.to_string(), config: repository.config() };
         session.out.report(&document, || format!("{url}\n"))?;
+        if self.single_writer {
+            session.out.say(
+                "only one process may write at any time: snapshot, rm, undelete, prune, policy or gc; \
+                 any number may read",
+            );
+        }
         let run = if url.experiment().is_some() { "/RUN" } else { "#EXPERIMENT/RUN" };
         let example = quoted(&format!("{url}{run}"));
         session.out.say(&format!("next: petra snapshot IMAGE {example}"));

@@ -1,5 +1,7 @@
 //! `petra ls`.
 
+use jiff::Timestamp;
+use petra_engine::marks::{self, DEFAULT_GRACE};
 use petra_engine::record::SnapshotRecord;
 use petra_engine::{Item, Name, PetraUrl, Repository};
 use serde::Serialize;
@@ -18,6 +20,9 @@ pub struct Ls {
     /// List all snapshots below, rather than what is directly there
     #[arg(long, short)]
     recursive: bool,
+    /// List the snapshots below that were deleted and can be brought back
+    #[arg(long)]
+    deleted: bool,
 }
 
 /// One of the lists is there: the one that the URL asks for.
@@ -35,6 +40,17 @@ enum List<'a> {
     Runs(Vec<view::Entry>),
     Snapshots(Vec<view::Snapshot<'a>>),
     Volumes(Vec<view::Volume<'a>>),
+    Deleted(Vec<Deleted<'a>>),
+}
+
+/// A deleted snapshot.
+#[derive(Serialize)]
+struct Deleted<'a> {
+    #[serde(flatten)]
+    snapshot: view::Snapshot<'a>,
+    deleted: Timestamp,
+    /// With a collector's usual grace time.
+    undelete_until: Timestamp,
 }
 
 impl Ls {
@@ -49,8 +65,59 @@ impl Ls {
             }
         };
         let repository = session.open(&url).await?;
+        if self.deleted {
+            return session.unless_cancelled(list_deleted(session, &repository, &url)).await;
+        }
         session.unless_cancelled(list(session, &repository, &url, self.recursive)).await
     }
+}
+
+async fn list_deleted(
+    session: &Session,
+    repository: &Repository,
+    url: &PetraUrl,
+) -> Result<(), Failure> {
+    let found = repository.deleted(&url.item).await.at(url)?;
+    let list = found.iter().map(|found| Deleted {
+        snapshot: view::Snapshot::new(&url.repository, &found.record),
+        deleted: found.at,
+        undelete_until: found.until(DEFAULT_GRACE),
+    });
+    let document = Document { url: url.to_string(), list: List::Deleted(list.collect()) };
+    session.out.report(&document, || deleted_table(&found, &url.item))
+}
+
+fn deleted_table(found: &[marks::Deleted], scope: &Item) -> String {
+    use Side::Left;
+    let mut columns = vec![
+        ("ID", Left),
+        ("NAME", Left),
+        ("CREATED", Left),
+        ("DELETED", Left),
+        ("KEPT UNTIL", Left),
+        ("LABELS", Left),
+    ];
+    let with_run = matches!(scope, Item::Repository | Item::Experiment(_));
+    if with_run {
+        columns.splice(0..0, [("EXPERIMENT", Left), ("RUN", Left)]);
+    }
+    let mut table = Table::new(&columns);
+    for deleted in found {
+        let record = &deleted.record;
+        let mut cells = vec![
+            record.id.to_string(),
+            record.name.as_ref().map_or(String::new(), ToString::to_string),
+            time(record.created),
+            time(deleted.at),
+            time(deleted.until(DEFAULT_GRACE)),
+            super::info::pairs(&record.labels),
+        ];
+        if with_run {
+            cells.splice(0..0, [record.experiment.to_string(), record.run.to_string()]);
+        }
+        table.row(cells);
+    }
+    table.render()
 }
 
 async fn list(

@@ -8,9 +8,12 @@ mod info;
 mod init;
 mod ls;
 mod manual;
+mod policy;
+mod prune;
 mod restore;
 mod rm;
 mod snapshot;
+mod undelete;
 mod verify;
 
 use clap::Subcommand;
@@ -37,6 +40,12 @@ pub enum Command {
     Du(du::Du),
     /// Delete snapshots; their data goes with a later gc
     Rm(rm::Rm),
+    /// Bring back deleted snapshots that no gc has freed
+    Undelete(undelete::Undelete),
+    /// Delete the snapshots that no rule keeps
+    Prune(prune::Prune),
+    /// Show or set the rules that prune goes by
+    Policy(policy::Policy),
     /// Free what no snapshot needs any more
     Gc(gc::Gc),
     /// Check that everything snapshots need is there and undamaged
@@ -61,6 +70,9 @@ impl Command {
             Self::Diff(command) => command.run(session).await,
             Self::Du(command) => command.run(session).await,
             Self::Rm(command) => command.run(session).await,
+            Self::Undelete(command) => command.run(session).await,
+            Self::Prune(command) => command.run(session).await,
+            Self::Policy(command) => command.run(session).await,
             Self::Gc(command) => command.run(session).await,
             Self::Verify(command) => command.run(session).await,
             Self::Demo(command) => command.run(session).await,

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeSet;
 
+use petra_engine::marks::undelete_until;
 use petra_engine::record::SnapshotRecord;
 use petra_engine::{Item, PetraUrl, Repository};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
 use crate::session::Session;
-use crate::text::{count, quoted};
+use crate::text::{count, quoted, time};
 use crate::{lookup, view};
 
 /// Options of `petra rm`.
@@ -47,10 +48,12 @@ impl Rm {
                 deleted.push(view::snapshot_url(&url.repository, record, None));
             }
         }
+        let until = undelete_until(&activity.context);
         drop(activity);
         session.out.say(&format!(
-            "deleted {}; petra gc frees the data after its grace time",
-            count(deleted.len(), "snapshot")
+            "deleted {}; petra undelete brings them back until {}, petra gc frees the data then",
+            count(deleted.len(), "snapshot"),
+            time(until)
         ));
         let document = Document { deleted };
         session

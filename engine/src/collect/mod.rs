@@ -106,6 +106,9 @@ pub async fn collect(
     ctx: &Context,
 ) -> Result<CollectReport> {
     let mut report = CollectReport::default();
+    if !options.dry_run {
+        repo.ready_to_write(ctx).await?;
+    }
     policy::purge(repo, options, &mut report, ctx).await?;
     let aborted = policy::abort_silent(repo, options, &mut report, ctx).await?;
     let (mut restarts, mut batches) = (0, 0);

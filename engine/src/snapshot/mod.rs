@@ -127,7 +127,7 @@ async fn attempt(
     ctx: &Context,
 ) -> Result<SnapshotRecord> {
     let started = ctx.host.unix_ms();
-    let relatives = relatives(repo, request).await?;
+    let (relatives, ()) = futures::try_join!(relatives(repo, request), repo.ready_to_write(ctx))?;
     let ids: Vec<SnapshotId> = relatives.iter().map(|record| record.id).collect();
     let (mut session, valid) = Session::begin(repo, &ids, ctx).await?;
     let witnesses = relatives.into_iter().filter(|record| valid.contains(&record.id)).collect();

@@ -172,6 +172,11 @@ impl Store for LocalStore {
         RepositoryUrl::Directory(self.directory.root.clone()).to_string()
     }
 
+    fn create_is_exclusive(&self) -> bool {
+        // A hard link is made once, on whatever filesystem.
+        true
+    }
+
     async fn get(&self, key: &Key) -> Result<Bytes, StoreError> {
         self.get_range(key, 0..u64::MAX).await
     }

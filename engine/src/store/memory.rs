@@ -52,6 +52,10 @@ impl Store for MemoryStore {
         "memory:".to_owned()
     }
 
+    fn create_is_exclusive(&self) -> bool {
+        true
+    }
+
     async fn get(&self, key: &Key) -> Result<Bytes, StoreError> {
         self.body(key)
     }

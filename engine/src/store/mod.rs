@@ -69,6 +69,12 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Removes an object. Removing one that is not there succeeds.
     async fn delete(&self, key: &Key) -> Result<(), StoreError>;
+
+    /// True where [`create`](Self::create) is known to have one winner. Where it is not, since a server of someone
+    /// else's decides, a repository tries it before it writes (docs/protocol.md, "Probing").
+    fn create_is_exclusive(&self) -> bool {
+        false
+    }
 }
 
 /// The answer of [`Store::create`].
@@ -117,6 +123,8 @@ pub enum StoreErrorCause {
     Full,
     /// The server does not know this operation, or not in this form.
     Unsupported,
+    /// The server lets several creates of one object win, so that it can't be written to safely.
+    NotExclusive,
     /// The store was away, too slow or busy, and retries did not help.
     Unavailable,
     /// Anything else.

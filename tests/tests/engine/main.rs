@@ -14,10 +14,13 @@ mod fixtures;
 mod found;
 mod incremental;
 mod kill;
+mod probing;
+mod pruning;
 mod roundtrip;
 mod sendable;
 mod sources;
 mod traffic;
+mod undelete;
 
 use tokio::runtime::Runtime;
 

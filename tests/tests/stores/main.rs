@@ -97,7 +97,7 @@ macro_rules! basics {
     };
 }
 
-/// What that server does not: it looks first and writes then, and stumbles over folders.
+/// What that server does not: it stumbles over folders.
 macro_rules! strict {
     ($($store:ident as $module:ident),*) => {
         $(conformance! { $store as $module: one_of_many_creates_wins, a_folder_is_no_object })*
@@ -106,3 +106,4 @@ macro_rules! strict {
 
 basics!(memory, local, s3_in_process, s3_in_process_prefix, s3_versitygw);
 strict!(memory as memory_strict, local as local_strict, s3_versitygw as s3_versitygw_strict);
+conformance!(s3_in_process as s3_in_process_creates: one_of_many_creates_wins);
