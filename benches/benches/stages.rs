@@ -7,6 +7,8 @@ use divan::{Bencher, black_box};
 use petra_benches::{random, text};
 use petra_engine::ChunkId;
 use petra_engine::chunker::Chunking;
+use petra_engine::context::Context;
+use petra_engine::crypto::{Keys, Piece};
 use petra_engine::format::frame::{self, FrameEncoder};
 use petra_engine::scan::is_zero;
 
@@ -44,6 +46,52 @@ fn hash(bencher: Bencher<'_, '_>) {
     bencher
         .counter(BytesCount::new(LEN))
         .bench(|| data.chunks(16 << 10).map(ChunkId::of).fold(0, |sum, id| sum ^ id.0[0]));
+}
+
+/// With a key, as in an encrypted repository.
+#[divan::bench]
+fn hash_keyed(bencher: Bencher<'_, '_>) {
+    let (data, keys) = (random(LEN), keys());
+    bencher.counter(BytesCount::new(LEN)).bench(|| {
+        data.chunks(16 << 10).map(|chunk| keys.chunk_id(chunk)).fold(0, |sum, id| sum ^ id.0[0])
+    });
+}
+
+/// Frames of a session, each under a key of its own.
+#[divan::bench]
+fn seal(bencher: Bencher<'_, '_>) {
+    let (data, keys, host) = (random(LEN), keys(), Context::default().host);
+    let mut frame = Vec::with_capacity(2 * frame::TARGET_BYTES);
+    bencher.counter(BytesCount::new(LEN)).bench_local(|| {
+        for raw in data.chunks(frame::TARGET_BYTES) {
+            frame.clear();
+            frame.extend_from_slice(raw);
+            keys.seal(Piece::Frame, &mut frame, &*host);
+        }
+        frame.len()
+    });
+}
+
+#[divan::bench]
+fn open(bencher: Bencher<'_, '_>) {
+    let (data, keys, host) = (random(LEN), keys(), Context::default().host);
+    let sealed = data.chunks(frame::TARGET_BYTES).map(|raw| {
+        let mut frame = raw.to_vec();
+        keys.seal(Piece::Frame, &mut frame, &*host);
+        frame
+    });
+    let sealed: Vec<Vec<u8>> = sealed.collect();
+    let mut scratch = Vec::new();
+    bencher.counter(BytesCount::new(LEN)).bench_local(|| {
+        for frame in &sealed {
+            keys.open(Piece::Frame, frame, &mut scratch).expect("frames that were just sealed");
+        }
+        scratch.len()
+    });
+}
+
+fn keys() -> Keys {
+    Keys::generate(&*Context::default().host)
 }
 
 #[divan::bench(args = ["random", "text"])]

@@ -20,6 +20,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use petra_engine::chunker::Chunking;
 use petra_engine::collect::{CollectOptions, collect};
+use petra_engine::crypto::Keys;
 use petra_engine::format::block::{BlockKind, BlockRef};
 use petra_engine::format::envelope;
 use petra_engine::format::frame::FrameLocation;
@@ -98,7 +99,7 @@ impl Synthetic {
             (0..SEGMENT as u32 / CHUNK).map(|n| ChunkId::of(&n.to_le_bytes())).collect();
         let digest = leaf(snapshot, 0, &ids).digest();
         let pack = PackId { session: session(snapshot), number: PACKS };
-        let mut builder = PackBuilder::new(pack, PackKind::Manifest);
+        let mut builder = PackBuilder::new(pack, PackKind::Manifest, &Keys::none());
         let mut children = Vec::new();
         for segment in 0..SEGMENTS {
             let block = leaf(snapshot, segment, &ids).encode();
@@ -139,7 +140,7 @@ impl Synthetic {
         };
         let stamp = format!("{snapshot:032x}");
         let decision = Decision::Commit { stamp, snapshot: Box::new(record) };
-        envelope::seal(kind::DECISION, &decision).unwrap()
+        envelope::seal(kind::DECISION, &Key::snap(session(snapshot)), &decision).unwrap()
     }
 
     fn missing(&self, key: &str) -> StoreError {

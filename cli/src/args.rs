@@ -1,5 +1,6 @@
 //! The command line as a whole: options that every command has, and how a wrong one is refused.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anstream::ColorChoice;
@@ -63,6 +64,12 @@ pub struct Global {
     /// The repository of URLs that begin with '#', and of `ls` without a URL.
     #[arg(long, global = true, value_name = "URL", env = "PETRA_REPOSITORY")]
     pub repository: Option<String>,
+    /// Open an encrypted repository with the passphrase in this file [env: PETRA_PASSPHRASE_FILE, PETRA_PASSPHRASE].
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "key_file")]
+    pub passphrase_file: Option<PathBuf>,
+    /// Open an encrypted repository with this key file [env: PETRA_KEY_FILE].
+    #[arg(long, global = true, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
 }
 
 impl Global {

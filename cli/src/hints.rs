@@ -35,6 +35,21 @@ pub fn hint(error: &Error, at: Option<&PetraUrl>) -> Option<String> {
             format!("use it as it is: petra ls {}", quoted(location))
         }
         Error::NotEmpty { .. } => "choose an empty directory or another prefix".to_owned(),
+        Error::Encrypted { .. } => {
+            "say --passphrase-file FILE or --key-file FILE, or set PETRA_PASSPHRASE, \
+             PETRA_PASSPHRASE_FILE or PETRA_KEY_FILE"
+                .to_owned()
+        }
+        Error::NotEncrypted { .. } => {
+            "a passphrase or key file was given: if this repository should be encrypted, someone \
+             may have put another in its place; else leave out the option, and unset \
+             PETRA_PASSPHRASE, PETRA_PASSPHRASE_FILE and PETRA_KEY_FILE"
+                .to_owned()
+        }
+        Error::WrongKey { .. } => format!(
+            "petra key list {} shows what kind of keys there are",
+            at.map_or("URL".to_owned(), |url| quoted(&url.repository.to_string()))
+        ),
         Error::Version { .. } => {
             "a newer Petra wrote this repository: use that version or a later one".to_owned()
         }
@@ -140,6 +155,7 @@ fn around(what: &str, item: &Item) -> (&'static str, Item) {
         ("snapshot", _, Some((experiment, run))) => ("ls", Item::Run { experiment, run }),
         ("run", _, Some((experiment, _))) => ("ls", Item::Experiment(experiment)),
         ("snapshot", ..) => ("ls --recursive", Item::Repository),
+        ("key", ..) => ("key list", Item::Repository),
         _ => ("ls", Item::Repository),
     }
 }

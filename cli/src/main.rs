@@ -6,6 +6,7 @@
 //! | [`commands`] | one module per command: its options, what it does, what it prints |
 //! | [`session`] | what all commands share: output, cancellation, opening a repository |
 //! | [`location`], [`lookup`] | from a URL or path as typed to a snapshot, or an error that says what is near |
+//! | [`secrets`] | passphrases and key files: from options, the environment or a prompt |
 //! | [`failure`], [`hints`] | exit codes, and what to do next about each error |
 //! | [`output`], [`text`], [`view`] | the only place that prints; tables and numbers for people; JSON shapes |
 //! | [`progress`], [`interrupt`] | what happens on a terminal while the engine works |
@@ -22,6 +23,7 @@ mod location;
 mod lookup;
 mod output;
 mod progress;
+mod secrets;
 mod session;
 mod text;
 mod view;

@@ -1,9 +1,10 @@
 //! What all commands share.
 
 use std::future::Future;
+use std::sync::{Arc, OnceLock};
 
-use petra_engine::store;
-use petra_engine::{Context, Error, PetraUrl, Repository, RepositoryUrl};
+use petra_engine::store::{self, Store};
+use petra_engine::{Context, Error, PetraUrl, Repository, RepositoryUrl, Secret};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -12,6 +13,7 @@ use crate::failure::{At, Failure};
 use crate::location;
 use crate::output::Output;
 use crate::progress::Activity;
+use crate::secrets;
 
 /// One run of the command line.
 #[derive(Debug)]
@@ -23,6 +25,7 @@ pub struct Session {
     global: Global,
     /// Repositories that are open: several URLs of one command are often in one of them.
     opened: Mutex<Vec<(RepositoryUrl, Repository)>>,
+    asked: OnceLock<Secret>,
 }
 
 impl Session {
@@ -33,6 +36,7 @@ impl Session {
             cancel: CancellationToken::new(),
             global: global.clone(),
             opened: Mutex::default(),
+            asked: OnceLock::new(),
         }
     }
 
@@ -54,10 +58,42 @@ impl Session {
             return Ok(open.clone());
         }
         tracing::debug!(%repository, "open");
-        let open = async { Repository::open(store::open(&repository).await?).await };
-        let open = self.unless_cancelled(open).await.at(url)?;
+        let store = self.unless_cancelled(store::open(&repository)).await.at(url)?;
+        let open = self.open_store(store, url).await?;
         opened.push((repository, open.clone()));
         Ok(open)
+    }
+
+    /// Opens the repository in a store, with the secret that was given or is asked for.
+    async fn open_store(
+        &self,
+        store: Arc<dyn Store>,
+        url: &PetraUrl,
+    ) -> Result<Repository, Failure> {
+        let secret = self.secret()?;
+        let opened = self.unless_cancelled(async {
+            match &secret {
+                Some(secret) => Repository::unlock(store.clone(), secret).await,
+                None => Repository::open(store.clone()).await,
+            }
+        });
+        match opened.await {
+            Err(Error::Encrypted { location }) if secrets::can_ask(self.out) => {
+                let secret = match self.asked.get() {
+                    Some(secret) => secret.clone(),
+                    None => secrets::ask(&format!("passphrase of {location}: "), self).await?,
+                };
+                // A command that opens two repositories asks once.
+                let secret = self.asked.get_or_init(|| secret).clone();
+                self.unless_cancelled(Repository::unlock(store, &secret)).await.at(url)
+            }
+            opened => opened.at(url),
+        }
+    }
+
+    /// The secret that options or the environment hold.
+    pub fn secret(&self) -> Result<Option<Secret>, Failure> {
+        secrets::given(&self.global)
     }
 
     /// Waits for a request that takes no context of its own. Such a request changes nothing, so that it can be

@@ -6,9 +6,11 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
-use fastcdc::v2020::{Normalization, cut, select_masks};
+use fastcdc::v2020::{Normalization, cut, cut_gear, select_masks};
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use crate::error::{Error, Result};
 use crate::format::{BLOCK_BYTES, frame};
@@ -81,7 +83,7 @@ impl Chunking {
             Self::FastCdc { average, .. } => select_masks(average as usize, Normalization::Level2),
             Self::Fixed { .. } => (0, 0),
         };
-        Cutter { chunking: self, masks }
+        Cutter { chunking: self, masks, gear: None }
     }
 }
 
@@ -123,14 +125,52 @@ impl fmt::Display for Chunking {
     }
 }
 
+/// The table of a Gear hash: a random number for each byte, and its double. Without knowing it, nobody knows where
+/// known data is cut.
+pub struct Gear {
+    table: Zeroizing<[u64; 256]>,
+    doubled: Zeroizing<[u64; 256]>,
+}
+
+impl Gear {
+    /// The table that follows from a key.
+    pub fn from_key(key: &[u8; 32]) -> Self {
+        let mut bytes = Zeroizing::new([0; 2048]);
+        blake3::Hasher::new_keyed(key).finalize_xof().fill(bytes.as_mut_slice());
+        let mut table = Zeroizing::new([0; 256]);
+        let (numbers, _) = bytes.as_chunks();
+        table.iter_mut().zip(numbers).for_each(|(to, from)| *to = u64::from_le_bytes(*from));
+        let doubled = Zeroizing::new(table.map(|number| number << 1));
+        Self { table, doubled }
+    }
+}
+
+impl fmt::Debug for Gear {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gear(secret)")
+    }
+}
+
 /// Finds the end of the chunk at the front of some data.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Cutter {
     chunking: Chunking,
     masks: (u64, u64),
+    gear: Option<Arc<Gear>>,
 }
 
 impl Cutter {
+    /// The same with another table than the crate's.
+    #[must_use]
+    pub fn with_gear(self, gear: Arc<Gear>) -> Self {
+        Self { gear: Some(gear), ..self }
+    }
+
+    /// The longest chunk, in bytes.
+    pub fn max_len(&self) -> usize {
+        self.chunking.max_len()
+    }
+
     /// The length of the first chunk of `data`, which must hold at least [`Chunking::max_len`] bytes or end where
     /// the data ends. Between 1 and `data.len()` for data that is not empty.
     pub fn first(&self, data: &[u8]) -> usize {
@@ -138,7 +178,17 @@ impl Cutter {
             Chunking::FastCdc { min, average, max } => {
                 let (small, large) = self.masks;
                 let (min, average, max) = (min as usize, average as usize, max as usize);
-                cut(data, min, average, max, small, large, small << 1, large << 1).1
+                let (small2, large2) = (small << 1, large << 1);
+                match &self.gear {
+                    None => cut(data, min, average, max, small, large, small2, large2).1,
+                    Some(gear) => {
+                        let (table, doubled) = (gear.table.as_slice(), gear.doubled.as_slice());
+                        cut_gear(
+                            data, min, average, max, small, large, small2, large2, table, doubled,
+                        )
+                        .1
+                    }
+                }
             }
             Chunking::Fixed { len } => data.len().min(len as usize),
         }
@@ -156,8 +206,11 @@ mod tests {
         bytes
     }
 
-    fn cuts(chunking: Chunking, mut data: &[u8]) -> Vec<usize> {
-        let cutter = chunking.cutter();
+    fn cuts(chunking: Chunking, data: &[u8]) -> Vec<usize> {
+        cuts_of(&chunking.cutter(), data)
+    }
+
+    fn cuts_of(cutter: &Cutter, mut data: &[u8]) -> Vec<usize> {
         let mut lens = Vec::new();
         while !data.is_empty() {
             let len = cutter.first(data);
@@ -170,6 +223,13 @@ mod tests {
     #[test]
     fn golden_cut_points() {
         assert_eq!(cuts(Chunking::default(), &sample(200_000)), GOLDEN);
+    }
+
+    #[test]
+    fn golden_cut_points_with_a_key() {
+        let gear = Arc::new(Gear::from_key(&[7; 32]));
+        let cutter = Chunking::default().cutter().with_gear(gear);
+        assert_eq!(cuts_of(&cutter, &sample(200_000)), KEYED);
     }
 
     #[test]
@@ -193,6 +253,9 @@ mod tests {
             assert!(bad.parse::<Chunking>().is_err(), "{bad}");
         }
     }
+
+    const KEYED: &[usize] =
+        &[16526, 16392, 18534, 16663, 6366, 16733, 18573, 19320, 20499, 18472, 7012, 22788, 2122];
 
     const GOLDEN: &[usize] =
         &[29556, 18887, 20765, 17895, 19679, 12044, 18338, 4872, 18271, 18952, 17907, 2834];

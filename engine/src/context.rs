@@ -16,7 +16,8 @@ pub trait Host: Send + Sync + fmt::Debug {
     /// Milliseconds since the Unix epoch. Used for names and policies, never for safety.
     fn unix_ms(&self) -> u64;
 
-    /// 128 random bits. Two calls anywhere in the world must never agree.
+    /// 128 random bits. Two calls anywhere in the world must never agree, and nobody may guess them: keys come from
+    /// here.
     fn random(&self) -> u128;
 
     /// A fresh snapshot id.

@@ -63,6 +63,28 @@ pub enum Error {
         /// What is there already.
         found: &'static str,
     },
+    /// A repository is encrypted, and no secret was given.
+    #[error("{location} is encrypted, and no passphrase or key file was given")]
+    Encrypted {
+        /// The repository.
+        location: String,
+    },
+    /// A secret was given for a repository that is not encrypted. Someone may have put a plain one in its place.
+    #[error("{location} is not encrypted")]
+    NotEncrypted {
+        /// The repository.
+        location: String,
+    },
+    /// A secret opens no key of the repository.
+    #[error("the {kind} opens none of the {tried} keys of {location}")]
+    WrongKey {
+        /// The repository.
+        location: String,
+        /// `passphrase` or `key file`.
+        kind: &'static str,
+        /// How many keys there are.
+        tried: usize,
+    },
     /// An object was written by a newer Petra.
     #[error("{object} has format version {found}, this Petra reads up to {supported}")]
     Version {
@@ -73,10 +95,10 @@ pub enum Error {
         /// The newest version known here.
         supported: u32,
     },
-    /// No such experiment, run, snapshot or volume.
+    /// No such experiment, run, snapshot, volume or key.
     #[error("no {what} {name:?} in {within}")]
     Unknown {
-        /// `experiment`, `run`, `snapshot` or `volume`.
+        /// `experiment`, `run`, `snapshot`, `volume` or `key`.
         what: &'static str,
         /// The name that was asked for.
         name: String,
@@ -179,6 +201,9 @@ impl Error {
             | Self::Request(_)
             | Self::NotARepository { .. }
             | Self::NotEmpty { .. }
+            | Self::Encrypted { .. }
+            | Self::NotEncrypted { .. }
+            | Self::WrongKey { .. }
             | Self::Version { .. }
             | Self::Unknown { .. }
             | Self::Ambiguous { .. }

@@ -109,7 +109,7 @@ macro_rules! hash_type {
 }
 
 hash_type! {
-    /// The name of a chunk: the BLAKE3 hash of its bytes.
+    /// The name of a chunk: the BLAKE3 hash of its bytes, keyed in an encrypted repository.
     ChunkId
 }
 
@@ -120,7 +120,7 @@ hash_type! {
 }
 
 impl ChunkId {
-    /// Names a chunk.
+    /// Names a chunk of a repository that is not encrypted; see [`Keys::chunk_id`](crate::crypto::Keys::chunk_id).
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
     }

@@ -10,6 +10,7 @@
 //! | `ends/CLONE` | the clone needs its pin no longer |
 //! | `moves/PACK/SESSION` | a compaction that moves a pack: found by it, decided by `snaps/SESSION` |
 //! | `graves/SESSION` | ids of sessions, snapshots and clones whose small objects were removed |
+//! | `keys/ID` | the data key of an encrypted repository, wrapped for one secret |
 //! | `runs/EXPERIMENT/RUN/SESSION` | where a session belongs: found by name, decided by `snaps/SESSION` |
 //! | `policies/N` | how long snapshots are kept; the highest number holds |
 //! | `probe/STAMP` | there for a moment, while a store is tried |
@@ -18,6 +19,7 @@
 
 use std::fmt;
 
+use crate::crypto::Keys;
 use crate::id::{PackId, SnapshotId};
 use crate::name::Name;
 
@@ -39,6 +41,8 @@ pub const ENDS: &str = "ends/";
 pub const MOVES: &str = "moves/";
 /// The prefix of the lists of ids that are dead.
 pub const GRAVES: &str = "graves/";
+/// The prefix of the wrapped data keys.
+pub const KEYS: &str = "keys/";
 /// The prefix of the catalogue.
 pub const RUNS: &str = "runs/";
 /// The prefix of all policies.
@@ -72,9 +76,14 @@ impl Key {
         Self(format!("{PINS}{owner}/{n:06}"))
     }
 
+    /// A wrapped data key.
+    pub fn key(id: SnapshotId) -> Self {
+        Self(format!("{KEYS}{id}"))
+    }
+
     /// A session's entry in the catalogue.
-    pub fn catalogue(experiment: &Name, run: &Name, session: SnapshotId) -> Self {
-        Self(format!("{}{session}", run_prefix(experiment, run)))
+    pub fn catalogue(keys: &Keys, experiment: &Name, run: &Name, session: SnapshotId) -> Self {
+        Self(format!("{}{session}", run_prefix(keys, experiment, run)))
     }
 
     /// A clone's end.
@@ -115,13 +124,13 @@ impl fmt::Display for Key {
 }
 
 /// The catalogue's entries of one experiment.
-pub fn experiment_prefix(experiment: &Name) -> String {
-    format!("{RUNS}{}/", experiment.key_component())
+pub fn experiment_prefix(keys: &Keys, experiment: &Name) -> String {
+    format!("{RUNS}{}/", keys.experiment_component(experiment))
 }
 
 /// The catalogue's entries of one run.
-pub fn run_prefix(experiment: &Name, run: &Name) -> String {
-    format!("{RUNS}{}/{}/", experiment.key_component(), run.key_component())
+pub fn run_prefix(keys: &Keys, experiment: &Name, run: &Name) -> String {
+    format!("{}{}/", experiment_prefix(keys, experiment), keys.run_component(experiment, run))
 }
 
 /// The hints that a pack was moved.

@@ -20,6 +20,7 @@ pub mod chunker;
 pub mod clone;
 pub mod collect;
 pub mod context;
+pub mod crypto;
 pub mod diff;
 pub mod error;
 pub mod fetch;
@@ -52,6 +53,7 @@ pub mod verify;
 mod workers;
 
 pub use context::Context;
+pub use crypto::{NewKey, Secret};
 pub use error::{Error, ErrorKind, Result};
 pub use id::{ChunkId, Digest, PackId, SnapshotId};
 pub use name::Name;

@@ -24,6 +24,9 @@ pub struct Config {
     /// How many may write at one time.
     #[serde(default, skip_serializing_if = "Writers::is_many")]
     pub writers: Writers,
+    /// How everything else is encrypted; None where it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Encryption>,
 }
 
 /// How many processes may write to a repository at one time. Any number may read.
@@ -41,6 +44,22 @@ impl Writers {
     fn is_many(&self) -> bool {
         *self == Self::Many
     }
+}
+
+/// How a repository is encrypted. What is derived from which key is part of the format, not a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Encryption {
+    /// The cipher of packs and small objects.
+    pub cipher: Cipher,
+}
+
+/// A cipher.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cipher {
+    /// AES-256-GCM with a key for each message (see [`crate::crypto`]).
+    #[serde(rename = "aes-256-gcm")]
+    Aes256Gcm,
 }
 
 /// A snapshot: one point in time of one or more volumes.
@@ -240,6 +259,8 @@ pub mod kind {
     pub const GRAVE: &str = "grave";
     /// A hint that a pack was moved: nothing but its key counts.
     pub const MOVE: &str = "move";
+    /// A slot of the data key, see [`crate::crypto`].
+    pub const KEY: &str = "key";
     /// [`super::CatalogueEntry`].
     pub const CATALOGUE: &str = "catalogue";
     /// What [`crate::policies`] stores.

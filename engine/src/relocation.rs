@@ -6,8 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::crypto::Piece;
 use crate::error::Result;
-use crate::format::block::BlockRef;
+use crate::format::block::{BlockKind, BlockRef};
 use crate::format::frame::FrameLocation;
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::relocation::Relocation;
@@ -110,7 +111,10 @@ impl Repository {
         let block: BlockRef = (*table).into();
         // The block itself may have been moved by a later compaction, of another pack.
         let bytes = Box::pin(tree::read_block(self, &block)).await?;
-        Relocation::decode(&bytes, source, block.digest)
+        let mut opened = Vec::new();
+        self.keys()
+            .open(Piece::Block(BlockKind::Relocation), &bytes, &mut opened)
+            .and_then(|bytes| Relocation::decode(bytes, source, block.digest))
             .map_err(|error| error.of(tree::describe(&block)))
     }
 

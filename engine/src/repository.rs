@@ -9,19 +9,21 @@ use serde::Serialize;
 
 use crate::chunker::Chunking;
 use crate::context::Context;
+use crate::crypto::{self, Keys, NewKey, Secret};
 use crate::error::{Error, Result};
 use crate::format::envelope;
 use crate::graves::GraveCache;
-use crate::id::SnapshotId;
+use crate::id::{Digest, SnapshotId};
 use crate::key::{self, Key};
 use crate::name::Name;
 use crate::probe::CheckedStore;
 use crate::publish::{Published, publish};
 use crate::record::{
-    CatalogueEntry, Config, Decision, Mark, MarkKind, SnapshotRecord, Writers, kind,
+    CatalogueEntry, Cipher, Config, Decision, Encryption, Mark, MarkKind, SnapshotRecord, Writers,
+    kind,
 };
 use crate::relocation::RelocationCache;
-use crate::store::{Store, list_all, list_each};
+use crate::store::{Entry, Store, StoreErrorCause, list_all, list_each};
 use crate::url::{Item, Selector, SnapshotRef};
 
 /// Requests in flight while many small objects are read.
@@ -34,6 +36,17 @@ pub struct Repository {
     config: Arc<Config>,
     relocations: Arc<RelocationCache>,
     graves: Arc<GraveCache>,
+    keys: Keys,
+    unlocked: Option<Unlocked>,
+}
+
+/// How an encrypted repository was opened.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unlocked {
+    /// The slot that the secret opened.
+    pub slot: SnapshotId,
+    /// The hash of the configuration.
+    pub config: Digest,
 }
 
 /// What the marks of a snapshot say, and when they said it.
@@ -69,59 +82,81 @@ impl Repository {
         chunking: Chunking,
         ctx: &Context,
     ) -> Result<Self> {
-        let config = Config {
-            id: ctx.host.new_id(),
-            created: timestamp(ctx),
-            chunking: chunking.validate()?,
-            writers,
-        };
-        let location = store.location();
-        let not_empty = |found| Error::NotEmpty { location: location.clone(), found };
-        match store.list("", None).await {
-            Ok(page) if page.entries.iter().any(|entry| entry.key == Key::config().as_str()) => {
-                return Err(not_empty("already holds a repository"));
-            }
-            // What a killed probe left is nothing.
-            Ok(page) if page.entries.iter().any(|entry| !entry.key.starts_with(key::PROBE)) => {
-                return Err(not_empty("is not empty, and what it holds is not a repository"));
-            }
-            Ok(_) => {}
-            // A directory that is not there yet is as good as an empty one; a bucket must exist, which `create` finds.
-            Err(error) if error.cause == crate::store::StoreErrorCause::NoContainer => {}
-            Err(error) => return Err(error.into()),
-        }
-        let body = envelope::seal(kind::CONFIG, &config).map_err(not_json)?;
+        let config = new_config(writers, chunking, None, ctx)?;
+        check_empty(&*store).await?;
         let store = Arc::new(CheckedStore::for_init(store, writers));
-        match publish(&*store, &Key::config(), body).await? {
-            Published::Ours => Ok(Self::new(store, config)),
-            Published::Theirs(_) => Err(not_empty("already holds a repository")),
-        }
+        publish_config(&*store, config_body(&config)?).await?;
+        Ok(Self::new(store, config, Keys::none(), None))
     }
 
-    /// Opens a repository.
-    pub async fn open(store: Arc<dyn Store>) -> Result<Self> {
-        let config: Config = match store.get(&Key::config()).await {
-            Ok(body) => envelope::unseal(kind::CONFIG, &body).map_err(|e| e.of(Key::config()))?,
-            Err(error) if error.is_not_found() => {
-                return Err(Error::NotARepository { location: store.location() });
+    /// Makes an encrypted repository in an empty place, which `key` opens from then on.
+    pub async fn init_encrypted(
+        writers: Writers,
+        store: Arc<dyn Store>,
+        chunking: Chunking,
+        key: &NewKey,
+        ctx: &Context,
+    ) -> Result<Self> {
+        let encryption = Some(Encryption { cipher: Cipher::Aes256Gcm });
+        let config = new_config(writers, chunking, encryption, ctx)?;
+        check_empty(&*store).await?;
+        let store = Arc::new(CheckedStore::for_init(store, writers));
+        let (data, body) = (crypto::DataKey::generate(&*ctx.host), config_body(&config)?);
+        let digest = config_digest(&body);
+        // Before the configuration: without that there is no repository, and the slot means nothing.
+        let slot = crypto::put_slot(&*store, digest, &data, key, ctx).await?.id;
+        if let Err(error) = publish_config(&*store, body).await {
+            if matches!(error, Error::NotEmpty { .. }) {
+                // Best effort: a slot for another configuration opens nothing.
+                let _ = store.delete(&Key::key(slot)).await;
             }
-            Err(error) => return Err(error.into()),
-        };
-        config.chunking.validate().map_err(|error| Error::Damaged {
-            object: Key::config().to_string(),
-            detail: error.to_string(),
-        })?;
-        let store = Arc::new(CheckedStore::new(store, config.writers));
-        Ok(Self::new(store, config))
+            return Err(error);
+        }
+        let unlocked = Some(Unlocked { slot, config: digest });
+        Ok(Self::new(store, config, Keys::of(data), unlocked))
     }
 
-    fn new(store: Arc<CheckedStore>, config: Config) -> Self {
+    /// Opens a repository that is not encrypted.
+    pub async fn open(store: Arc<dyn Store>) -> Result<Self> {
+        let (config, _) = read_config(&*store).await?;
+        if config.encryption.is_some() {
+            return Err(Error::Encrypted { location: store.location() });
+        }
+        let store = Arc::new(CheckedStore::new(store, config.writers));
+        Ok(Self::new(store, config, Keys::none(), None))
+    }
+
+    /// Opens an encrypted repository. One that is not encrypted is refused: whoever holds a secret expects one that
+    /// is, and someone may have put another in its place.
+    pub async fn unlock(store: Arc<dyn Store>, secret: &Secret) -> Result<Self> {
+        let (config, digest) = read_config(&*store).await?;
+        if config.encryption.is_none() {
+            return Err(Error::NotEncrypted { location: store.location() });
+        }
+        let (data, slot) = crypto::unlock(&*store, digest, secret).await?;
+        let unlocked = Some(Unlocked { slot, config: digest });
+        let store = Arc::new(CheckedStore::new(store, config.writers));
+        Ok(Self::new(store, config, Keys::of(data), unlocked))
+    }
+
+    fn new(
+        store: Arc<CheckedStore>,
+        config: Config,
+        keys: Keys,
+        unlocked: Option<Unlocked>,
+    ) -> Self {
         Self {
             store,
             config: Arc::new(config),
             relocations: Arc::default(),
             graves: Arc::default(),
+            keys,
+            unlocked,
         }
+    }
+
+    pub(crate) fn unlocked(&self) -> Option<Unlocked> {
+        self.unlocked
     }
 
     pub(crate) fn grave_cache(&self) -> &GraveCache {
@@ -137,6 +172,11 @@ impl Repository {
     /// it does something else, waits less.
     pub async fn ready_to_write(&self, ctx: &Context) -> Result<()> {
         Ok(self.store.ready(ctx).await?)
+    }
+
+    /// Its keys; none where it is not encrypted.
+    pub fn keys(&self) -> &Keys {
+        &self.keys
     }
 
     /// The repository's URL.
@@ -158,10 +198,10 @@ impl Repository {
     pub(crate) fn seal<T: Serialize>(
         &self,
         kind: &str,
-        _key: &Key,
+        key: &Key,
         value: &T,
     ) -> Result<bytes::Bytes> {
-        envelope::seal(kind, value).map_err(not_json)
+        Ok(self.keys.seal_object(kind, key, envelope::json(value).map_err(not_json)?))
     }
 
     /// Checks and unwraps the JSON object that is stored under `key`.
@@ -171,7 +211,10 @@ impl Repository {
         key: &Key,
         body: &[u8],
     ) -> Result<T> {
-        envelope::unseal(kind, body).map_err(|error| error.of(key))
+        self.keys
+            .open_object(kind, key, body)
+            .and_then(|json| envelope::parse(kind, &json))
+            .map_err(|error| error.of(key))
     }
 
     /// A mark to publish under `key`.
@@ -191,7 +234,7 @@ impl Repository {
 
     /// Runs of an experiment that have snapshots, sorted.
     pub async fn runs(&self, experiment: &Name) -> Result<Vec<Name>> {
-        let listed = self.listed(&key::experiment_prefix(experiment)).await?;
+        let listed = self.listed(&key::experiment_prefix(&self.keys, experiment)).await?;
         if listed.is_empty() {
             return Err(self.unknown_experiment(experiment).await);
         }
@@ -203,10 +246,10 @@ impl Repository {
         let (prefix, experiment, run) = match scope {
             Item::Repository => (key::RUNS.to_owned(), None, None),
             Item::Experiment(experiment) => {
-                (key::experiment_prefix(experiment), Some(experiment), None)
+                (key::experiment_prefix(&self.keys, experiment), Some(experiment), None)
             }
             Item::Run { experiment, run } => {
-                (key::run_prefix(experiment, run), Some(experiment), Some(run))
+                (key::run_prefix(&self.keys, experiment, run), Some(experiment), Some(run))
             }
             Item::Snapshot { snapshot, .. } => {
                 return Ok(vec![Box::pin(self.find(snapshot)).await?]);
@@ -263,7 +306,7 @@ impl Repository {
         let text = match selector {
             Selector::Text(text) => text,
             Selector::Latest => {
-                let mut listed = self.listed(&key::run_prefix(experiment, run)).await?;
+                let mut listed = self.listed(&key::run_prefix(&self.keys, experiment, run)).await?;
                 listed.sort_by_key(|entry| std::cmp::Reverse(entry.session));
                 for entry in listed {
                     if let Some(record) = self.committed(entry.session).await? {
@@ -474,7 +517,8 @@ impl Repository {
         count: usize,
     ) -> Result<Vec<SnapshotRecord>> {
         let mut listed = self.listed(key::RUNS).await?;
-        let (experiment, run) = (experiment.key_component(), run.key_component());
+        let run = self.keys.run_component(experiment, run);
+        let experiment = self.keys.experiment_component(experiment);
         listed.sort_by_key(|entry| {
             let near = entry.experiment == experiment;
             let nearest = near && entry.run == run;
@@ -498,8 +542,8 @@ impl Repository {
     /// Sessions below a scope that are decided and not deleted, aborted ones included.
     pub(crate) async fn sessions(&self, scope: &Item) -> Result<Vec<SnapshotId>> {
         let prefix = match scope {
-            Item::Experiment(experiment) => key::experiment_prefix(experiment),
-            Item::Run { experiment, run } => key::run_prefix(experiment, run),
+            Item::Experiment(experiment) => key::experiment_prefix(&self.keys, experiment),
+            Item::Run { experiment, run } => key::run_prefix(&self.keys, experiment, run),
             Item::Snapshot { snapshot, .. } => return Ok(vec![self.find(snapshot).await?.id]),
             Item::Repository => key::RUNS.to_owned(),
         };
@@ -514,29 +558,96 @@ impl Repository {
         what: &'static str,
         listed: Vec<Listed>,
         component: impl Fn(&Listed) -> &str,
-        full: impl Fn(CatalogueEntry) -> Name,
+        full: fn(CatalogueEntry) -> Name,
     ) -> Result<Vec<Name>> {
         let mut seen = BTreeSet::new();
-        let mut names = BTreeSet::new();
-        for entry in &listed {
-            if !seen.insert(component(entry)) {
-                continue;
+        let first_of_name = listed.iter().filter(|entry| seen.insert(component(entry)));
+        let read =
+            first_of_name.map(|entry| (entry, Name::from_key_component(what, component(entry))));
+        // By value: with references in it the future would not be Send for every lifetime.
+        let read: Vec<_> = read.map(|(entry, name)| (entry.key.clone(), name)).collect();
+        let read = read.into_iter().map(|(key, name)| async move {
+            // Long names are shortened in keys, and with encryption all are hashed; the entry has them in full.
+            match name {
+                Some(name) => Ok(name),
+                None => self.unseal(kind::CATALOGUE, &key, &self.store.get(&key).await?).map(full),
             }
-            // Long names are shortened in keys; the entry itself has them in full.
-            let name = match Name::from_key_component(what, component(entry)) {
-                Some(name) => name,
-                None => {
-                    let body = self.store.get(&entry.key).await?;
-                    full(self.unseal(kind::CATALOGUE, &entry.key, &body)?)
-                }
-            };
-            names.insert(name);
-        }
+        });
+        let names: BTreeSet<Name> =
+            stream::iter(read).buffer_unordered(READS).try_collect().await?;
         Ok(names.into_iter().collect())
     }
 }
 
-fn parse_listed(entry: crate::store::Entry) -> Option<Listed> {
+fn new_config(
+    writers: Writers,
+    chunking: Chunking,
+    encryption: Option<Encryption>,
+    ctx: &Context,
+) -> Result<Config> {
+    let (id, created) = (ctx.host.new_id(), timestamp(ctx));
+    Ok(Config { id, created, chunking: chunking.validate()?, writers, encryption })
+}
+
+fn config_body(config: &Config) -> Result<bytes::Bytes> {
+    envelope::seal(kind::CONFIG, &Key::config(), config).map_err(not_json)
+}
+
+fn config_digest(body: &[u8]) -> Digest {
+    Digest(*blake3::hash(body).as_bytes())
+}
+
+/// Reads the configuration; gives the hash of the object too.
+pub(crate) async fn read_config(store: &dyn Store) -> Result<(Config, Digest)> {
+    let key = Key::config();
+    let body = match store.get(&key).await {
+        Ok(body) => body,
+        Err(error) if error.is_not_found() => {
+            return Err(Error::NotARepository { location: store.location() });
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let config: Config =
+        envelope::unseal(kind::CONFIG, &key, &body).map_err(|error| error.of(&key))?;
+    config
+        .chunking
+        .validate()
+        .map_err(|error| Error::Damaged { object: key.to_string(), detail: error.to_string() })?;
+    Ok((config, config_digest(&body)))
+}
+
+/// Checks that nothing is in the way of a new repository.
+async fn check_empty(store: &dyn Store) -> Result<()> {
+    // What a killed probe left is nothing, and a slot is what a killed `init` leaves.
+    let foreign =
+        |entry: &Entry| !entry.key.starts_with(key::PROBE) && !entry.key.starts_with(key::KEYS);
+    let found = match store.list("", None).await {
+        Ok(page) if page.entries.iter().any(|entry| entry.key == Key::config().as_str()) => {
+            ALREADY_THERE
+        }
+        Ok(page) if page.entries.iter().any(foreign) => {
+            "is not empty, and what it holds is not a repository"
+        }
+        Ok(_) => return Ok(()),
+        // A directory that is not there yet is as good as an empty one; a bucket must exist, which `create` finds.
+        Err(error) if error.cause == StoreErrorCause::NoContainer => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    Err(Error::NotEmpty { location: store.location(), found })
+}
+
+const ALREADY_THERE: &str = "already holds a repository";
+
+async fn publish_config(store: &dyn Store, body: bytes::Bytes) -> Result<()> {
+    match publish(store, &Key::config(), body).await? {
+        Published::Ours => Ok(()),
+        Published::Theirs(_) => {
+            Err(Error::NotEmpty { location: store.location(), found: ALREADY_THERE })
+        }
+    }
+}
+
+fn parse_listed(entry: Entry) -> Option<Listed> {
     let mut parts = entry.key.strip_prefix(key::RUNS)?.split('/');
     let (experiment, run, session) = (parts.next()?, parts.next()?, parts.next()?);
     Some(Listed {

@@ -16,6 +16,7 @@ use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::context::Context;
+use crate::crypto::{Keys, Piece};
 use crate::error::{Error, Result};
 use crate::fetch::{Request, Span, coalesce};
 use crate::format::frame::{self, FrameLocation};
@@ -282,7 +283,7 @@ impl<'a> Restore<'a> {
         let len_bytes = self.volume.len_bytes;
         let ctx = self.stoppable();
         let jobs = leaves.into_iter().map(|(number, leaf)| {
-            let (target, ctx) = (target.clone(), ctx.clone());
+            let (target, keys, ctx) = (target.clone(), self.repo.keys().clone(), ctx.clone());
             let unreadable =
                 matches!(self.segments.get(number), Some(Child::Zero)) && self.is_lost(number);
             let workers = self.workers.clone();
@@ -293,7 +294,7 @@ impl<'a> Restore<'a> {
                         return Ok((number, Ok(None)));
                     }
                     let range = tree::segment_range(len_bytes, number);
-                    let leaf = prepare_segment(&target, range, leaf, compare)?;
+                    let leaf = prepare_segment(&target, &keys, range, leaf, compare)?;
                     Ok((number, Ok(leaf)))
                 };
                 workers.run(&ctx, prepare).await
@@ -396,8 +397,9 @@ impl Job {
             };
             match fetched {
                 Ok(fetched) => {
-                    let (sink, ctx) = (self.sink.clone(), self.ctx.clone());
-                    let write = move || write_request(&request, &fetched, &*sink, &ctx);
+                    let (keys, sink, ctx) =
+                        (self.repo.keys().clone(), self.sink.clone(), self.ctx.clone());
+                    let write = move || write_request(&request, &fetched, &keys, &*sink, &ctx);
                     outcome.add(self.workers.run(&self.ctx, write).await?);
                 }
                 Err(Error::Missing { .. }) if moves < relocation::MAX_MOVES => {
@@ -520,17 +522,20 @@ impl Outcome {
 fn write_request(
     request: &Request<FramePlan>,
     fetched: &crate::fetch::Fetched,
+    keys: &Keys,
     sink: &dyn Sink,
     ctx: &Context,
 ) -> Result<Outcome> {
     let mut outcome = Outcome { fetched_bytes: fetched.len_bytes(), gets: 1, ..Outcome::default() };
-    let mut raw = Vec::new();
+    let (mut opened, mut raw) = (Vec::new(), Vec::new());
     for span in &request.spans {
         ctx.check()?;
         let (location, placements) = &span.tag;
         let object = || format!("frame {}+{} of {}", span.offset, span.len, Key::pack(span.pack));
         let decoded = fetched.span(span).and_then(|stored| {
-            frame::decode(stored, location.raw_len, &mut raw).map_err(|error| error.of(object()))
+            keys.open(Piece::Frame, stored, &mut opened)
+                .and_then(|stored| frame::decode(stored, location.raw_len, &mut raw))
+                .map_err(|error| error.of(object()))
         });
         if let Err(error) = decoded {
             outcome.damaged.push((error, ranges(&span.tag)));
@@ -543,7 +548,7 @@ fn write_request(
             let bytes = chunk_of(&raw, placement);
             let ok = *verified
                 .entry((placement.offset, placement.len, placement.id))
-                .or_insert_with(|| ChunkId::of(bytes) == placement.id);
+                .or_insert_with(|| keys.chunk_id(bytes) == placement.id);
             if ok {
                 whole.push(*placement);
             } else {
@@ -588,6 +593,7 @@ fn write_placements(raw: &[u8], mut placements: Vec<Placement>, sink: &dyn Sink)
 /// Goes through one segment of a target that holds data. Gives the leaf with the chunks that are still to be written.
 fn prepare_segment(
     target: &FileTarget,
+    keys: &Keys,
     range: Range<u64>,
     leaf: Option<Leaf>,
     compare: bool,
@@ -609,7 +615,7 @@ fn prepare_segment(
             Extent::Chunk(chunk) if compare => {
                 buf.resize(len as usize, 0);
                 target.read_at(&mut buf, at)?;
-                ChunkId::of(&buf) == chunk.id
+                keys.chunk_id(&buf) == chunk.id
             }
             Extent::Chunk(_) => false,
         };

@@ -7,7 +7,7 @@
 //!
 //! The window is small so that data is still in the processor's cache when it is hashed and compressed.
 
-use crate::chunker::{Chunking, Cutter};
+use crate::chunker::Cutter;
 use crate::error::Result;
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, ZERO_RUN_BYTES};
 use crate::source::Source;
@@ -44,10 +44,10 @@ struct Run {
 
 impl Scanner {
     /// A scanner for one worker.
-    pub fn new(chunking: Chunking) -> Self {
-        let max_chunk = chunking.max_len();
+    pub fn new(cutter: Cutter) -> Self {
+        let max_chunk = cutter.max_len();
         let len = 2 * max_chunk + WINDOW_BYTES + 2 * ZERO_RUN_BYTES;
-        Self { cutter: chunking.cutter(), max_chunk, buf: vec![0; len] }
+        Self { cutter, max_chunk, buf: vec![0; len] }
     }
 
     /// Calls `sink` for every piece of the segment that begins at `start`. `len` is at most [`SEGMENT_BYTES`].

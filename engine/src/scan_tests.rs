@@ -3,6 +3,7 @@ use std::ops::Range;
 use proptest::prelude::*;
 
 use super::*;
+use crate::chunker::Chunking;
 use crate::error::Error;
 
 /// Bytes with a chosen map of holes.
@@ -41,7 +42,7 @@ impl Source for Bytes {
 
 fn pieces(source: &Bytes, chunking: Chunking) -> Vec<(bool, Vec<u8>)> {
     let mut pieces = Vec::new();
-    let mut scanner = Scanner::new(chunking);
+    let mut scanner = Scanner::new(chunking.cutter());
     scanner
         .scan(source, 0, source.len_bytes(), &mut |piece| {
             pieces.push(match piece {

@@ -63,7 +63,7 @@ impl Session {
     /// Enters the session in the catalogue. Before the commit, so that no committed snapshot can be missing there.
     pub async fn enter(&mut self, experiment: &Name, run: &Name) -> Result<()> {
         let entry = CatalogueEntry { experiment: experiment.clone(), run: run.clone() };
-        let key = Key::catalogue(experiment, run, self.id);
+        let key = Key::catalogue(self.repo.keys(), experiment, run, self.id);
         self.repo.store().put(&key, self.repo.seal(kind::CATALOGUE, &key, &entry)?).await?;
         self.entry = Some(key);
         self.puts += 1;

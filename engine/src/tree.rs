@@ -10,6 +10,7 @@ use std::ops::Range;
 use futures::{StreamExt, stream};
 
 use crate::context::Context;
+use crate::crypto::Piece;
 use crate::error::{Error, Result};
 use crate::fetch::{Span, coalesce};
 use crate::format::block::{BlockKind, BlockRef};
@@ -99,7 +100,11 @@ async fn read_node(
 ) -> Result<Node> {
     ctx.check()?;
     let bytes = read_block(repo, block).await?;
-    Node::decode(&bytes, level, children, block.digest).map_err(|error| error.of(describe(block)))
+    let mut opened = Vec::new();
+    repo.keys()
+        .open(Piece::Block(BlockKind::Node), &bytes, &mut opened)
+        .and_then(|bytes| Node::decode(bytes, level, children, block.digest))
+        .map_err(|error| error.of(describe(block)))
 }
 
 /// The bytes of the volume that a segment covers.
@@ -111,12 +116,21 @@ pub fn segment_range(volume_len: u64, segment: usize) -> Range<u64> {
 /// Reads one leaf.
 pub async fn read_leaf(repo: &Repository, block: &BlockRef, segment_bytes: u64) -> Result<Leaf> {
     let bytes = read_block(repo, block).await?;
-    decode_leaf(&bytes, block, segment_bytes)
+    decode_leaf(repo, &bytes, block, segment_bytes)
 }
 
 /// Checks and reads one leaf.
-pub fn decode_leaf(bytes: &[u8], block: &BlockRef, segment_bytes: u64) -> Result<Leaf> {
-    Leaf::decode(bytes, segment_bytes, block.digest).map_err(|error| error.of(describe(block)))
+pub fn decode_leaf(
+    repo: &Repository,
+    bytes: &[u8],
+    block: &BlockRef,
+    segment_bytes: u64,
+) -> Result<Leaf> {
+    let mut opened = Vec::new();
+    repo.keys()
+        .open(Piece::Block(BlockKind::Leaf), bytes, &mut opened)
+        .and_then(|bytes| Leaf::decode(bytes, segment_bytes, block.digest))
+        .map_err(|error| error.of(describe(block)))
 }
 
 /// Reads a block, wherever compactions moved it.
@@ -189,7 +203,7 @@ pub async fn leaves(
                 if let Some(fetched) = &fetched {
                     let bytes = fetched.span(span);
                     *slot = bytes
-                        .and_then(|bytes| decode_leaf(bytes, block, range.end - range.start))
+                        .and_then(|bytes| decode_leaf(repo, bytes, block, range.end - range.start))
                         .map(Some);
                     continue;
                 }

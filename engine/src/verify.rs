@@ -259,7 +259,8 @@ impl Check<'_> {
         let (footer_len, _) = pack::read_trailer(&trailer).map_err(|error| error.of(&key))?;
         let tail_at = len.saturating_sub((footer_len + TRAILER_BYTES) as u64);
         let tail = store.get_range(&key, tail_at..len).await?;
-        pack::read_footer(pack, &header, &tail, len).map_err(|error| error.of(&key))?;
+        pack::read_footer(pack, self.repo.keys(), &header, &tail, len)
+            .map_err(|error| error.of(&key))?;
         Ok(())
     }
 

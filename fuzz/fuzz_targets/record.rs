@@ -3,19 +3,23 @@
 
 use libfuzzer_sys::fuzz_target;
 use petra_engine::format::envelope;
+use petra_engine::crypto::Slot;
+use petra_engine::key::Key;
 use petra_engine::record::{CatalogueEntry, Config, Decision, Mark, Pin, kind};
 
 fuzz_target!(|input: (u8, &[u8])| {
     let (choice, json) = input;
-    let _ = envelope::unseal::<Config>(kind::CONFIG, json);
-    let kinds = [kind::CONFIG, kind::DECISION, kind::PIN, kind::MARK, kind::CATALOGUE];
+    let key = Key::config();
+    let _ = envelope::unseal::<Config>(kind::CONFIG, &key, json);
+    let kinds = [kind::CONFIG, kind::DECISION, kind::PIN, kind::MARK, kind::CATALOGUE, kind::KEY];
     let kind = kinds[usize::from(choice) % kinds.len()];
-    let sealed = envelope::seal_json(kind, json);
-    let _ = envelope::unseal::<Config>(kind, &sealed);
-    if let Ok(Decision::Commit { snapshot, .. }) = envelope::unseal(kind, &sealed) {
+    let sealed = envelope::seal_json(kind, &key, json);
+    let _ = envelope::unseal::<Config>(kind, &key, &sealed);
+    if let Ok(Decision::Commit { snapshot, .. }) = envelope::unseal(kind, &key, &sealed) {
         let _ = snapshot.validate();
     }
-    let _ = envelope::unseal::<Pin>(kind, &sealed);
-    let _ = envelope::unseal::<Mark>(kind, &sealed);
-    let _ = envelope::unseal::<CatalogueEntry>(kind, &sealed);
+    let _ = envelope::unseal::<Pin>(kind, &key, &sealed);
+    let _ = envelope::unseal::<Mark>(kind, &key, &sealed);
+    let _ = envelope::unseal::<CatalogueEntry>(kind, &key, &sealed);
+    let _ = envelope::unseal::<Slot>(kind, &key, &sealed);
 });

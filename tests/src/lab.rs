@@ -8,14 +8,15 @@ use std::time::Duration;
 use petra_engine::chunker::Chunking;
 use petra_engine::collect::{CollectOptions, CollectReport, collect};
 use petra_engine::context::{Context, Limits};
-use petra_engine::record::{SnapshotRecord, VolumeRecord};
+use petra_engine::crypto::Cost;
+use petra_engine::record::{SnapshotRecord, VolumeRecord, Writers};
 use petra_engine::restore::{RestoreOptions, RestoreReport, stream};
 use petra_engine::snapshot::{Parent, SnapshotRequest, snapshot};
 use petra_engine::source::Source;
 use petra_engine::store::{Entry, Store};
 use petra_engine::url::Item;
 use petra_engine::verify::{VerifyOptions, VerifyReport, verify};
-use petra_engine::{Name, Repository, Result};
+use petra_engine::{Name, NewKey, Repository, Result, Secret};
 
 use crate::volume::{Comparison, Volume};
 
@@ -39,6 +40,26 @@ pub async fn init(store: Arc<dyn Store>) -> Repository {
 pub async fn init_with(store: Arc<dyn Store>, ctx: &Context) -> Repository {
     let chunking: Chunking = "cdc-8k".parse().expect("a chunking");
     Repository::init(store, chunking, ctx).await.expect("a new repository")
+}
+
+/// An encrypted one, which [`key`] opens.
+pub async fn init_encrypted(store: Arc<dyn Store>, ctx: &Context) -> Repository {
+    let chunking: Chunking = "cdc-8k".parse().expect("a chunking");
+    let key = key("test");
+    Repository::init_encrypted(Writers::Many, store, chunking, &key, ctx)
+        .await
+        .expect("a new repository")
+}
+
+/// A key with this passphrase, which is cheap to try.
+pub fn key(passphrase: &str) -> NewKey {
+    let cost = Cost { memory_kib: 64, passes: 1, lanes: 1 };
+    NewKey { cost, ..NewKey::new(secret(passphrase)) }
+}
+
+/// A passphrase.
+pub fn secret(passphrase: &str) -> Secret {
+    Secret::passphrase(passphrase.as_bytes().to_vec()).expect("a passphrase")
 }
 
 /// A request for a snapshot of some volumes in experiment `e`.

@@ -114,7 +114,8 @@ async fn play(session: &Session, directory: &Path, stays: bool) -> Result<(), Fa
 
     // By its URL, as on another machine.
     let url: PetraUrl = view::snapshot_url(at, &first, None).parse()?;
-    let found = lookup::snapshot(&session.open(&url).await?, &url).await?;
+    let elsewhere = Repository::open(store::open(at).await?).await?;
+    let found = lookup::snapshot(&elsewhere, &url).await?;
     let volume = found.volumes.first().ok_or(Error::Internal("the demo's volume is lost"))?;
     let target = FileTarget::create(&story.restored, volume.len_bytes)?;
     let report =

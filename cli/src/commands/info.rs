@@ -85,6 +85,7 @@ async fn show(session: &Session, repository: &Repository, url: &PetraUrl) -> Res
                 .add("created", time(config.created))
                 .add("chunking", config.chunking.to_string())
                 .add_some("writers", (config.writers == Writers::Single).then_some("one at a time"))
+                .add_some("encryption", config.encryption.map(|_| "aes-256-gcm"))
                 .add("experiments", experiments.to_string());
             print(About::Repository { config, experiments }, fields.render())
         }

@@ -3,10 +3,11 @@
 use petra_engine::chunker::Chunking;
 use petra_engine::record::{Config, Writers};
 use petra_engine::store::{self, S3Store, StoreErrorCause};
-use petra_engine::{Error, Item, Repository, RepositoryUrl};
+use petra_engine::{Error, Item, Name, NewKey, Repository, RepositoryUrl};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
+use crate::secrets;
 use crate::session::Session;
 use crate::text::quoted;
 
@@ -19,6 +20,12 @@ pub struct Init {
     /// How volumes are cut into chunks: by content (cdc, cdc-16k) or in fixed sizes (fixed-16k, for databases)
     #[arg(long, value_name = "PROFILE", default_value = "cdc")]
     chunking: Chunking,
+    /// Encrypt everything. Without --passphrase-file, --key-file or their variables it asks for a passphrase
+    #[arg(long)]
+    encrypt: bool,
+    /// A name for the key, which anyone who can read the store can read
+    #[arg(long, value_name = "NAME", requires = "encrypt")]
+    key_label: Option<String>,
     /// Make the bucket first if it is not there
     #[arg(long)]
     create_bucket: bool,
@@ -46,12 +53,18 @@ impl Init {
             return Err(Failure::fix(format!("{url} names something in a repository"))
                 .hint(format!("leave out what follows the '#': petra init {}", url.repository)));
         }
+        let key = self.key(session).await?;
         let activity = session.activity("init");
         let location = url.resolved_repository()?;
         let store = store::open(&location).await.at(&url)?;
         let writers = if self.single_writer { Writers::Single } else { Writers::Many };
-        let init =
-            || Repository::init_for(writers, store.clone(), self.chunking, &activity.context);
+        let init = async || {
+            let (store, chunking, ctx) = (store.clone(), self.chunking, &activity.context);
+            match &key {
+                Some(key) => Repository::init_encrypted(writers, store, chunking, key, ctx).await,
+                None => Repository::init_for(writers, store, chunking, ctx).await,
+            }
+        };
         let repository = match init().await {
             Err(Error::Store(error))
                 if self.create_bucket && error.cause == StoreErrorCause::NoContainer =>
@@ -75,7 +88,27 @@ impl Init {
         }
         let run = if url.experiment().is_some() { "/RUN" } else { "#EXPERIMENT/RUN" };
         let example = quoted(&format!("{url}{run}"));
+        if repository.keys().is_some() {
+            session
+                .out
+                .say("without the passphrase or key file nobody can read it again: keep it safe");
+        }
         session.out.say(&format!("next: petra snapshot IMAGE {example}"));
         Ok(())
+    }
+
+    /// The first key of an encrypted repository.
+    async fn key(&self, session: &Session) -> Result<Option<NewKey>, Failure> {
+        let secret = match (self.encrypt, session.secret()?) {
+            (true, Some(secret)) => secret,
+            (true, None) => secrets::ask_new(session).await?,
+            (false, None) => return Ok(None),
+            (false, Some(_)) => {
+                return Err(Failure::fix("a passphrase or key file was given, but not --encrypt")
+                    .hint("say --encrypt, or take away the option or variable"));
+            }
+        };
+        let label = self.key_label.as_ref().map(|label| Name::new("label", label)).transpose()?;
+        Ok(Some(NewKey { label, ..NewKey::new(secret) }))
     }
 }

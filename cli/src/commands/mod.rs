@@ -6,6 +6,7 @@ mod du;
 mod gc;
 mod info;
 mod init;
+mod key;
 mod ls;
 mod manual;
 mod policy;
@@ -50,6 +51,8 @@ pub enum Command {
     Gc(gc::Gc),
     /// Check that everything snapshots need is there and undamaged
     Verify(verify::Verify),
+    /// List, add, remove and change the keys of an encrypted repository
+    Key(key::Key),
     /// Show it all on a small volume in a temporary directory
     Demo(demo::Demo),
     /// Print a completion script for a shell
@@ -75,6 +78,7 @@ impl Command {
             Self::Policy(command) => command.run(session).await,
             Self::Gc(command) => command.run(session).await,
             Self::Verify(command) => command.run(session).await,
+            Self::Key(command) => command.run(session).await,
             Self::Demo(command) => command.run(session).await,
             Self::Completions(command) => command.run(session),
             Self::Man(command) => command.run(session),

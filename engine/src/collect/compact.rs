@@ -10,6 +10,7 @@ use super::view::View;
 use super::walk::{Needed, Piece, Walk};
 use super::{CollectOptions, CollectReport};
 use crate::context::Context;
+use crate::crypto::{self, Keys};
 use crate::error::{Error, Result};
 use crate::fetch::{Fetched, Request, Span, coalesce};
 use crate::format::block::{BlockKind, BlockRef};
@@ -147,7 +148,7 @@ async fn copy(
     }
     claim(repo, session, &mut victims, ctx).await?;
     let workers = Workers::start(ctx)?;
-    let mut copier = Copier::new(session)?;
+    let mut copier = Copier::new(session, repo.keys(), ctx)?;
     for (pack, wanted) in victims {
         ctx.check()?;
         let copied;
@@ -261,6 +262,8 @@ enum Source {
 /// Puts pieces together to new frames and packs, and remembers where they came from.
 struct Copier {
     session: SnapshotId,
+    keys: Keys,
+    ctx: Context,
     next_number: u32,
     encoder: FrameEncoder,
     data: Option<PackBuilder>,
@@ -272,15 +275,18 @@ struct Copier {
     /// Chunks in the open frame: the old pack, and their run.
     waiting: Vec<(PackId, Run)>,
     stored: Vec<u8>,
+    opened: Vec<u8>,
     decoded: Vec<u8>,
     relocations: BTreeMap<PackId, Relocation>,
     copied_bytes: u64,
 }
 
 impl Copier {
-    fn new(session: SnapshotId) -> Result<Self> {
+    fn new(session: SnapshotId, keys: &Keys, ctx: &Context) -> Result<Self> {
         Ok(Self {
             session,
+            keys: keys.clone(),
+            ctx: ctx.clone(),
             next_number: 0,
             encoder: FrameEncoder::new().map_err(|_| Error::Internal("zstd has no memory"))?,
             data: None,
@@ -290,6 +296,7 @@ impl Copier {
             chunk_lens: Vec::new(),
             waiting: Vec::new(),
             stored: Vec::new(),
+            opened: Vec::new(),
             decoded: Vec::new(),
             relocations: BTreeMap::new(),
             copied_bytes: 0,
@@ -309,8 +316,7 @@ impl Copier {
     }
 
     fn take_block(&mut self, span: &Span<Source>, kind: BlockKind, block: &[u8]) {
-        let pack =
-            open(&mut self.manifest, PackKind::Manifest, self.session, &mut self.next_number);
+        let pack = self.open(PackKind::Manifest);
         let moved = MovedBlock {
             old_offset: span.offset,
             len: span.len,
@@ -331,12 +337,14 @@ impl Copier {
     ) -> Result<()> {
         let object = || format!("frame {}+{} of {}", span.offset, span.len, Key::pack(span.pack));
         let mut decoded = std::mem::take(&mut self.decoded);
-        frame::decode(stored, wanted.location.raw_len, &mut decoded)
+        self.keys
+            .open(crypto::Piece::Frame, stored, &mut self.opened)
+            .and_then(|stored| frame::decode(stored, wanted.location.raw_len, &mut decoded))
             .map_err(|error| error.of(object()))?;
         for (old_start, (id, len)) in &wanted.chunks {
             let start = *old_start as usize;
             let bytes = decoded.get(start..start + *len as usize).unwrap_or_default();
-            if ChunkId::of(bytes) != *id {
+            if self.keys.chunk_id(bytes) != *id {
                 let detail = format!("chunk {id} expected, other bytes found");
                 return Err(Error::Damaged { object: object(), detail });
             }
@@ -372,12 +380,16 @@ impl Copier {
         if self.raw.is_empty() {
             return;
         }
-        self.encoder.encode(&self.raw, &mut self.stored);
-        let pack = open(&mut self.data, PackKind::Data, self.session, &mut self.next_number);
-        let location = pack.add_frame(&self.stored, self.chunk_lens.drain(..));
+        let mut stored = std::mem::take(&mut self.stored);
+        self.encoder.encode(&self.raw, &mut stored);
+        self.keys.seal(crypto::Piece::Frame, &mut stored, &*self.ctx.host);
+        let chunk_lens = std::mem::take(&mut self.chunk_lens);
+        let pack = self.open(PackKind::Data);
+        let location = pack.add_frame(&stored, chunk_lens.into_iter());
         if pack.is_full() {
             self.complete.extend(self.data.take().map(PackBuilder::finish));
         }
+        self.stored = stored;
         self.raw.clear();
         for (source, run) in std::mem::take(&mut self.waiting) {
             let relocation = self.relocation(source);
@@ -405,13 +417,13 @@ impl Copier {
         self.flush();
         let mut moves = Vec::new();
         for relocation in std::mem::take(&mut self.relocations).into_values() {
-            let block = relocation.encode();
-            let pack =
-                open(&mut self.manifest, PackKind::Manifest, self.session, &mut self.next_number);
+            let (kind, mut block) = (BlockKind::Relocation, relocation.encode());
+            self.keys.seal(crypto::Piece::Block(kind), &mut block, &*self.ctx.host);
+            let pack = self.open(PackKind::Manifest);
             let table = BlockRef {
                 digest: relocation.digest(),
                 pack: pack.id(),
-                offset: pack.add_block(BlockKind::Relocation, &block),
+                offset: pack.add_block(kind, &block),
                 len: block.len() as u32,
             };
             if pack.is_full() {
@@ -423,17 +435,16 @@ impl Copier {
         self.complete.extend(open.map(PackBuilder::finish));
         moves
     }
-}
-
-fn open<'a>(
-    slot: &'a mut Option<PackBuilder>,
-    kind: PackKind,
-    session: SnapshotId,
-    next_number: &mut u32,
-) -> &'a mut PackBuilder {
-    slot.get_or_insert_with(|| {
-        let number = *next_number;
-        *next_number += 1;
-        PackBuilder::new(PackId { session, number }, kind)
-    })
+    /// The open pack of this kind.
+    fn open(&mut self, kind: PackKind) -> &mut PackBuilder {
+        let slot = match kind {
+            PackKind::Data => &mut self.data,
+            PackKind::Manifest => &mut self.manifest,
+        };
+        slot.get_or_insert_with(|| {
+            let number = self.next_number;
+            self.next_number += 1;
+            PackBuilder::new(PackId { session: self.session, number }, kind, &self.keys)
+        })
+    }
 }

@@ -12,6 +12,7 @@
 
 use super::codec::{Reader, put_varint};
 use super::{FormatError, VERSION};
+use crate::crypto;
 use crate::id::{Digest, PackId, SnapshotId};
 
 const MAGIC: &[u8; 4] = b"PtBk";
@@ -19,6 +20,8 @@ const MAGIC: &[u8; 4] = b"PtBk";
 pub const HEADER_BYTES: usize = 44;
 /// The largest block: a leaf of the smallest chunks stays below.
 pub const MAX_BYTES: usize = 4 << 20;
+/// The longest stored block: with its header, and what sealing adds where it is sealed.
+pub const MAX_STORED_BYTES: usize = HEADER_BYTES + MAX_BYTES + crypto::OVERHEAD_BYTES;
 
 /// What a block holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,6 +18,7 @@ use zstd::bulk::{Compressor, Decompressor};
 use zstd::zstd_safe::{CParameter, Strategy};
 
 use super::FormatError;
+use crate::crypto;
 use crate::id::PackId;
 
 /// A frame holds chunks until one more would exceed this many bytes.
@@ -25,6 +26,9 @@ pub const TARGET_BYTES: usize = 1 << 20;
 
 /// The largest frame, raw: one chunk of the largest size that any profile allows.
 pub const MAX_BYTES: usize = 1 << 20;
+
+/// How much longer than its raw bytes a stored frame can be: the codec, and what sealing adds where it is sealed.
+pub const MAX_OVERHEAD_BYTES: usize = 1 + crypto::OVERHEAD_BYTES;
 
 const RAW: u8 = 0;
 const ZSTD: u8 = 1;
@@ -37,10 +41,18 @@ pub struct FrameLocation {
     pub pack: PackId,
     /// First byte within the pack.
     pub offset: u32,
-    /// Bytes in the pack: at most one more than `raw_len`.
+    /// Bytes in the pack: at most [`MAX_OVERHEAD_BYTES`] more than `raw_len`.
     pub stored_len: u32,
     /// Bytes of its chunks.
     pub raw_len: u32,
+}
+
+impl FrameLocation {
+    /// True for lengths that no writer makes.
+    pub(crate) fn is_impossible(&self) -> bool {
+        u64::from(self.stored_len) > u64::from(self.raw_len) + MAX_OVERHEAD_BYTES as u64
+            || self.offset.checked_add(self.stored_len).is_none()
+    }
 }
 
 thread_local! {

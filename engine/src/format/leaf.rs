@@ -218,9 +218,7 @@ pub(super) fn read_frames(
             stored_len: reader.varint32("a stored length")?,
             raw_len: reader.bounded("a raw length", frame::MAX_BYTES as u64)? as u32,
         };
-        if frame.stored_len > frame.raw_len + 1
-            || frame.offset.checked_add(frame.stored_len).is_none()
-        {
+        if frame.is_impossible() {
             return Err(FormatError::invalid(format!("impossible frame {frame:?}")));
         }
         frames.push(frame);

@@ -53,6 +53,9 @@ pub enum FormatError {
         /// Of the bytes that were read.
         actual: String,
     },
+    /// Sealed bytes that were not sealed like this with the repository's keys.
+    #[error("it was changed, or sealed as something else or with another key")]
+    Forged,
 }
 
 impl FormatError {

@@ -144,9 +144,7 @@ impl Node {
             if tag == 1 {
                 let pack = packs.get(reader.varint()?)?;
                 let (offset, len) = (reader.varint32("an offset")?, reader.varint32("a length")?);
-                if len as usize > block::HEADER_BYTES + block::MAX_BYTES
-                    || offset.checked_add(len).is_none()
-                {
+                if len as usize > block::MAX_STORED_BYTES || offset.checked_add(len).is_none() {
                     return Err(FormatError::invalid(format!("a block of {len} bytes")));
                 }
                 let digest = Digest([0; 32]);

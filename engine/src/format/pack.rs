@@ -2,12 +2,15 @@
 //!
 //! | part | bytes |
 //! |---|---|
-//! | header | magic `petrapak`, format version (1), kind (1: 1 data, 2 manifest), zero (6) |
+//! | header | magic `petrapak`, format version (1), kind (1: 1 data, 2 manifest), sealed (1), zero (5) |
 //! | body | frames or blocks, back to back |
 //! | footer | data: count, then for each frame three varints (stored length, raw length, number of chunks) and a |
 //! | | varint for each chunk's length. manifest: count, then for each block its kind and a |
 //! | | varint for its length |
 //! | trailer | length of the footer (4), BLAKE3 of header and footer (32), magic `petraend` |
+//!
+//! Where a pack is sealed, each frame, each block and the footer is sealed by itself (see [`crate::crypto`]), so that
+//! a range of the pack is still all that a reader needs. Lengths are those of the sealed pieces.
 //!
 //! Snapshots never need the footer: leaves say where everything is. It lets a pack be verified, compacted or
 //! salvaged by itself.
@@ -16,6 +19,7 @@ use super::block::BlockKind;
 use super::codec::{Reader, put_varint};
 use super::frame::FrameLocation;
 use super::{FormatError, VERSION, frame};
+use crate::crypto::{Keys, Piece};
 use crate::id::PackId;
 
 const MAGIC: &[u8; 8] = b"petrapak";
@@ -71,23 +75,25 @@ pub struct BlockEntry {
 pub struct PackBuilder {
     id: PackId,
     kind: PackKind,
+    keys: Keys,
     bytes: Vec<u8>,
     count: u64,
     entries: Vec<u8>,
 }
 
 impl PackBuilder {
-    /// An empty pack.
-    pub fn new(id: PackId, kind: PackKind) -> Self {
-        Self::within(id, kind, Vec::with_capacity(TARGET_BYTES + (1 << 20)))
+    /// An empty pack of a repository with these keys. What is added must be sealed already; the footer will be.
+    pub fn new(id: PackId, kind: PackKind, keys: &Keys) -> Self {
+        Self::within(id, kind, keys, Vec::with_capacity(TARGET_BYTES + (1 << 20)))
     }
 
     /// An empty pack in memory that was used before: what a pack takes is much to ask the system for again and again.
-    pub fn within(id: PackId, kind: PackKind, mut bytes: Vec<u8>) -> Self {
+    pub fn within(id: PackId, kind: PackKind, keys: &Keys, mut bytes: Vec<u8>) -> Self {
         bytes.clear();
         bytes.extend_from_slice(MAGIC);
-        bytes.extend_from_slice(&[VERSION as u8, kind as u8, 0, 0, 0, 0, 0, 0]);
-        Self { id, kind, bytes, count: 0, entries: Vec::new() }
+        let sealed = u8::from(keys.is_some());
+        bytes.extend_from_slice(&[VERSION as u8, kind as u8, sealed, 0, 0, 0, 0, 0]);
+        Self { id, kind, keys: keys.clone(), bytes, count: 0, entries: Vec::new() }
     }
 
     /// The pack's name.
@@ -147,6 +153,7 @@ impl PackBuilder {
         let mut footer = Vec::with_capacity(10 + self.entries.len());
         put_varint(&mut footer, self.count);
         footer.extend_from_slice(&self.entries);
+        self.keys.seal_footer(self.id, self.kind, &mut footer);
         let mut hasher = blake3::Hasher::new();
         hasher.update(self.bytes.get(..HEADER_BYTES).unwrap_or_default()).update(&footer);
         self.bytes.extend_from_slice(&footer);
@@ -157,8 +164,8 @@ impl PackBuilder {
     }
 }
 
-/// Reads the header of a pack.
-pub fn read_kind(header: &[u8]) -> Result<PackKind, FormatError> {
+/// Reads the header of a pack: what it holds, and whether that is sealed.
+pub fn read_header(header: &[u8]) -> Result<(PackKind, bool), FormatError> {
     let mut reader = Reader::new(header);
     if reader.array()? != *MAGIC {
         return Err(FormatError::invalid("it does not begin like a pack"));
@@ -168,15 +175,16 @@ pub fn read_kind(header: &[u8]) -> Result<PackKind, FormatError> {
         VERSION => {}
         found => return Err(FormatError::invalid(format!("format version {found}"))),
     }
-    let kind = reader.u8()?;
-    if reader.array()? != [0; 6] {
+    let (kind, sealed) = (reader.u8()?, reader.u8()?);
+    if sealed > 1 || reader.array()? != [0; 5] {
         return Err(FormatError::invalid("its header has unknown fields"));
     }
-    match kind {
-        1 => Ok(PackKind::Data),
-        2 => Ok(PackKind::Manifest),
-        _ => Err(FormatError::invalid(format!("a pack of unknown kind {kind}"))),
-    }
+    let kind = match kind {
+        1 => PackKind::Data,
+        2 => PackKind::Manifest,
+        _ => return Err(FormatError::invalid(format!("a pack of unknown kind {kind}"))),
+    };
+    Ok((kind, sealed == 1))
 }
 
 /// Reads the trailer: how long the footer before it is, and its checksum.
@@ -194,11 +202,16 @@ pub fn read_trailer(trailer: &[u8]) -> Result<(usize, blake3::Hash), FormatError
 /// Reads the footer of a pack of `pack_len` bytes, from its `header` and its `tail`: footer and trailer.
 pub fn read_footer(
     id: PackId,
+    keys: &Keys,
     header: &[u8],
     tail: &[u8],
     pack_len: u64,
 ) -> Result<Footer, FormatError> {
-    let kind = read_kind(header)?;
+    let (kind, sealed) = read_header(header)?;
+    if sealed != keys.is_some() {
+        let not = if sealed { "" } else { "not " };
+        return Err(FormatError::invalid(format!("it is {not}encrypted, unlike its repository")));
+    }
     let trailer_at = tail.len().checked_sub(TRAILER_BYTES).unwrap_or(usize::MAX);
     let (len, checksum) = read_trailer(tail.get(trailer_at..).unwrap_or_default())?;
     let footer = tail.get(..trailer_at).unwrap_or_default();
@@ -218,7 +231,8 @@ pub fn read_footer(
             actual: actual.to_string(),
         });
     }
-    let reader = Reader::new(footer);
+    let mut opened = Vec::new();
+    let reader = Reader::new(keys.open(Piece::Footer(id, kind), footer, &mut opened)?);
     match kind {
         PackKind::Data => read_frames(id, reader, body_end).map(Footer::Data),
         PackKind::Manifest => read_blocks(reader, body_end).map(Footer::Manifest),
@@ -226,7 +240,7 @@ pub fn read_footer(
 }
 
 /// Reads the footer of a whole pack.
-pub fn read_whole(id: PackId, pack: &[u8]) -> Result<Footer, FormatError> {
+pub fn read_whole(id: PackId, keys: &Keys, pack: &[u8]) -> Result<Footer, FormatError> {
     let trailer_at = pack.len().saturating_sub(TRAILER_BYTES);
     let (len, _) = read_trailer(pack.get(trailer_at..).unwrap_or_default())?;
     let footer_at = trailer_at.checked_sub(len).filter(|at| *at >= HEADER_BYTES);
@@ -234,7 +248,7 @@ pub fn read_whole(id: PackId, pack: &[u8]) -> Result<Footer, FormatError> {
     let (Some(header), Some(tail)) = (header, tail) else {
         return Err(FormatError::invalid(format!("a footer of {len} bytes")));
     };
-    read_footer(id, header, tail, pack.len() as u64)
+    read_footer(id, keys, header, tail, pack.len() as u64)
 }
 
 fn read_frames(
@@ -256,7 +270,7 @@ fn read_frames(
             sum += len;
             chunk_lens.push(len as u32);
         }
-        if sum != raw_len || stored_len > raw_len + 1 {
+        if sum != raw_len || stored_len > raw_len + frame::MAX_OVERHEAD_BYTES as u64 {
             return Err(FormatError::invalid("a frame's lengths contradict each other"));
         }
         frames.push(FrameEntry {
@@ -316,7 +330,7 @@ mod tests {
     }
 
     fn pack(frames: &[Vec<Vec<u8>>]) -> (Vec<u8>, Vec<FrameEntry>) {
-        let mut builder = PackBuilder::new(id(), PackKind::Data);
+        let mut builder = PackBuilder::new(id(), PackKind::Data, &Keys::none());
         let mut entries = Vec::new();
         for chunks in frames {
             let raw = chunks.concat();
@@ -329,12 +343,14 @@ mod tests {
 
     #[test]
     fn lists_manifest_blocks() {
-        let mut builder = PackBuilder::new(id(), PackKind::Manifest);
+        let mut builder = PackBuilder::new(id(), PackKind::Manifest, &Keys::none());
         let offsets =
             [builder.add_block(BlockKind::Leaf, b"abc"), builder.add_block(BlockKind::Node, b"de")];
         assert_eq!(offsets, [16, 19]);
         let (_, bytes) = builder.finish();
-        let Footer::Manifest(blocks) = read_whole(id(), &bytes).unwrap() else { panic!() };
+        let Footer::Manifest(blocks) = read_whole(id(), &Keys::none(), &bytes).unwrap() else {
+            panic!()
+        };
         assert_eq!(blocks[1], BlockEntry { kind: BlockKind::Node, offset: 19, len: 2 });
     }
 
@@ -343,7 +359,7 @@ mod tests {
         fn round_trips(frames in prop::collection::vec(prop::collection::vec(
             prop::collection::vec(any::<u8>(), 1..50), 1..5), 0..6)) {
             let (bytes, entries) = pack(&frames);
-            prop_assert_eq!(read_whole(id(), &bytes).unwrap(), Footer::Data(entries));
+            prop_assert_eq!(read_whole(id(), &Keys::none(), &bytes).unwrap(), Footer::Data(entries));
         }
 
         #[test]
@@ -352,8 +368,8 @@ mod tests {
             let outside: Vec<usize> = (0..HEADER_BYTES).chain(HEADER_BYTES + 39..bytes.len()).collect();
             let mut flipped = bytes.clone();
             flipped[outside[at.index(outside.len())]] ^= 1_u8 << bit;
-            prop_assert!(read_whole(id(), &flipped).is_err());
-            prop_assert!(read_whole(id(), &bytes[..bytes.len() - cut]).is_err());
+            prop_assert!(read_whole(id(), &Keys::none(), &flipped).is_err());
+            prop_assert!(read_whole(id(), &Keys::none(), &bytes[..bytes.len() - cut]).is_err());
         }
     }
 }

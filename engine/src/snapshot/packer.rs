@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 
 use super::halt::Halt;
 use crate::context::Context;
+use crate::crypto::{Keys, Piece};
 use crate::error::{Error, Result};
 use crate::format::block::{BlockKind, BlockRef};
 use crate::format::frame::FrameLocation;
@@ -52,10 +53,13 @@ impl Buffers {
     }
 }
 
-/// Appends frames and manifest blocks to the session's open packs. Called from the workers.
+/// Seals frames and manifest blocks and appends them to the session's open packs. Called from the workers, and seals
+/// before it locks.
 #[derive(Debug)]
 pub struct Packer {
     session: SnapshotId,
+    keys: Keys,
+    ctx: Context,
     next_number: AtomicU32,
     buffers: Arc<Buffers>,
     data: Mutex<Option<PackBuilder>>,
@@ -67,28 +71,39 @@ impl Packer {
     /// A packer whose complete packs go to `complete`.
     pub fn new(
         session: SnapshotId,
+        keys: &Keys,
         complete: mpsc::Sender<PackBuilder>,
         buffers: Arc<Buffers>,
+        ctx: &Context,
     ) -> Self {
         let (data, manifest) = (Mutex::default(), Mutex::default());
-        Self { session, next_number: AtomicU32::new(0), buffers, data, manifest, complete }
+        let (keys, ctx, next_number) = (keys.clone(), ctx.clone(), AtomicU32::new(0));
+        Self { session, keys, ctx, next_number, buffers, data, manifest, complete }
     }
 
-    /// Appends an encoded frame. Waits while the store is slower than the workers.
+    /// The repository's keys.
+    pub fn keys(&self) -> &Keys {
+        &self.keys
+    }
+
+    /// Appends an encoded frame, which it seals in place. Waits while the store is slower than the workers.
     pub fn add_frame(
         &self,
-        stored: &[u8],
+        stored: &mut Vec<u8>,
         chunk_lens: impl Iterator<Item = u32>,
     ) -> Result<FrameLocation> {
+        self.keys.seal(Piece::Frame, stored, &*self.ctx.host);
         self.add(&self.data, PackKind::Data, |pack| pack.add_frame(stored, chunk_lens))
     }
 
     /// Appends a manifest block.
     pub fn add_block(&self, kind: BlockKind, block: &[u8], digest: Digest) -> Result<BlockRef> {
+        let mut block = block.to_vec();
+        self.keys.seal(Piece::Block(kind), &mut block, &*self.ctx.host);
         self.add(&self.manifest, PackKind::Manifest, |pack| BlockRef {
             digest,
             pack: pack.id(),
-            offset: pack.add_block(kind, block),
+            offset: pack.add_block(kind, &block),
             len: block.len() as u32,
         })
     }
@@ -105,8 +120,8 @@ impl Packer {
             let id = PackId { session: self.session, number };
             let buffer = if kind == PackKind::Data { self.buffers.take() } else { None };
             buffer.map_or_else(
-                || PackBuilder::new(id, kind),
-                |buffer| PackBuilder::within(id, kind, buffer),
+                || PackBuilder::new(id, kind, &self.keys),
+                |buffer| PackBuilder::within(id, kind, &self.keys, buffer),
             )
         });
         let added = append(pack);

@@ -151,7 +151,7 @@ impl Pipeline {
         let work = {
             let (index, halt, ctx) = (self.index.clone(), self.halt.clone(), self.ctx.clone());
             let (volumes, counts) = (volumes.clone(), counts.clone());
-            let packer = Packer::new(self.session, complete, buffers);
+            let packer = Packer::new(self.session, self.repo.keys(), complete, buffers, &ctx);
             let chunking = self.repo.config().chunking;
             if inline {
                 tokio::spawn(async move {

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::packer::{Counts, Packer};
 use crate::chunker::Chunking;
 use crate::context::Context;
+use crate::crypto::Keys;
 use crate::error::{Error, Result};
 use crate::format::block::{BlockKind, BlockRef};
 use crate::format::frame::{self, FrameEncoder, FrameLocation};
@@ -45,7 +46,9 @@ impl<'a> Worker<'a> {
         ctx: &'a Context,
     ) -> Result<Self> {
         let encoder = FrameEncoder::new().map_err(|_| Error::Internal("zstd has no memory"))?;
+        let keys = packer.keys();
         let assembler = Assembler {
+            keys,
             index,
             packer,
             counts,
@@ -59,7 +62,7 @@ impl<'a> Worker<'a> {
             unreported: 0,
             known_frames: HashMap::new(),
         };
-        Ok(Self { scanner: Scanner::new(chunking), assembler })
+        Ok(Self { scanner: Scanner::new(keys.cutter(chunking)), assembler })
     }
 
     /// Processes one segment. `before` is the same segment of the parent.
@@ -79,6 +82,7 @@ impl<'a> Worker<'a> {
 
 /// Collects the pieces of a segment into frames and a leaf.
 struct Assembler<'a> {
+    keys: &'a Keys,
     index: &'a DedupIndex,
     packer: &'a Packer,
     counts: &'a Counts,
@@ -115,7 +119,7 @@ impl Assembler<'_> {
     }
 
     fn chunk(&mut self, bytes: &[u8]) -> Result<()> {
-        let id = ChunkId::of(bytes);
+        let id = self.keys.chunk_id(bytes);
         let len = bytes.len() as u32;
         self.unreported += u64::from(len);
         if self.unreported >= REPORT_BYTES {
@@ -169,8 +173,8 @@ impl Assembler<'_> {
             return Ok(());
         }
         self.encoder.encode(&self.frame, &mut self.stored);
-        let location =
-            self.packer.add_frame(&self.stored, self.frame_chunks.iter().map(|(_, len)| *len))?;
+        let lens = self.frame_chunks.iter().map(|(_, len)| *len);
+        let location = self.packer.add_frame(&mut self.stored, lens)?;
         let position = self.frame_position(location);
         for at in self.waiting.drain(..) {
             if let Some(Extent::Chunk(chunk)) = self.leaf.extents.get_mut(at) {

@@ -93,7 +93,13 @@ impl Model {
     }
 
     /// Choosing witnesses, and pinning them.
-    fn begin(&self, state: &State, session: usize, candidates: Ids, steps: &mut Vec<(Step, State)>) {
+    fn begin(
+        &self,
+        state: &State,
+        session: usize,
+        candidates: Ids,
+        steps: &mut Vec<(Step, State)>,
+    ) {
         for witnesses in (candidates & self.found(state)).subsets() {
             let mut next = *state;
             let it = &mut next.sessions[session];
@@ -139,13 +145,15 @@ impl Model {
     /// Choosing what to refer to, and storing the session's own pack. Nobody sees the choice before the commit.
     fn store(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
         let it = &state.sessions[session];
-        let reusable = it.valid.iter().fold(Places::NONE, |all, from| match from.checked_sub(SESSIONS) {
-            None => all | state.sessions[from].refs,
-            Some(clone) => all | state.sessions[usize::from(state.clones[clone].snapshot)].refs,
-        });
+        let reusable =
+            it.valid.iter().fold(Places::NONE, |all, from| match from.checked_sub(SESSIONS) {
+                None => all | state.sessions[from].refs,
+                Some(clone) => all | state.sessions[usize::from(state.clones[clone].snapshot)].refs,
+            });
         let mut choices: Vec<Places> = reusable.subsets().collect();
         if self.config.resolving {
-            let resolved: Vec<_> = choices.iter().map(|places| self.resolved(state, *places)).collect();
+            let resolved: Vec<_> =
+                choices.iter().map(|places| self.resolved(state, *places)).collect();
             choices.extend(resolved);
         }
         if self.is(Mutation::ReuseFromPackList) || self.is(Mutation::ReuseUndecided) {

@@ -11,7 +11,10 @@ fn caught(mutation: Mutation, config: Config, property: Property) {
     let model = Model { config, mutation: Some(mutation) };
     let exploration = explore(model, &[property]);
     let Some(violation) = exploration.violation else {
-        panic!("{mutation:?} was not noticed in {} states of {:?}", exploration.states, config.name);
+        panic!(
+            "{mutation:?} was not noticed in {} states of {:?}",
+            exploration.states, config.name
+        );
     };
     println!("{mutation:?}, after {} states: {violation:?}", exploration.states);
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use petra_engine::collect::{CollectOptions, CollectReport, collect};
+use petra_engine::crypto::Keys;
 use petra_engine::format::block::{BlockKind, BlockRef};
 use petra_engine::format::envelope;
 use petra_engine::format::frame::FrameEncoder;
@@ -56,7 +57,7 @@ async fn packs(repo: &Repository) -> usize {
 async fn pin_as_clone(repo: &Repository, snapshot: SnapshotId) -> SnapshotId {
     let owner = context().host.new_id();
     let pin = Pin { stamp: owner.to_string(), owner: PinOwner::Clone, snapshots: vec![snapshot] };
-    let body = envelope::seal(kind::PIN, &pin).unwrap();
+    let body = envelope::seal(kind::PIN, &Key::pin(owner, 0), &pin).unwrap();
     repo.store().put(&Key::pin(owner, 0), body).await.unwrap();
     owner
 }
@@ -325,13 +326,13 @@ async fn equal_leaves_keep_all_their_packs() {
     let ctx = context();
     let (mut session, _) = Session::begin(&repo, &[], &ctx).await.unwrap();
     let pack = |number| PackId { session: session.id(), number };
-    let mut manifest = PackBuilder::new(pack(2), PackKind::Manifest);
+    let mut manifest = PackBuilder::new(pack(2), PackKind::Manifest, &Keys::none());
     let mut children = Vec::new();
     let bytes = noise(1, 5_000);
     for number in 0..2 {
         let mut stored = Vec::new();
         FrameEncoder::new().unwrap().encode(&bytes, &mut stored);
-        let mut data = PackBuilder::new(pack(number), PackKind::Data);
+        let mut data = PackBuilder::new(pack(number), PackKind::Data, &Keys::none());
         let frame = data.add_frame(&stored, std::iter::once(5_000));
         let (id, body) = data.finish();
         repo.store().put(&Key::pack(id), body.into()).await.unwrap();

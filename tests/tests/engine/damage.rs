@@ -67,7 +67,7 @@ impl Site {
         let pin = Key::pin(owner, 0);
         let body =
             Pin { stamp: String::new(), owner: PinOwner::Clone, snapshots: vec![records[0].id] };
-        repo.store().put(&pin, envelope::seal(kind::PIN, &body).unwrap()).await.unwrap();
+        repo.store().put(&pin, envelope::seal(kind::PIN, &pin, &body).unwrap()).await.unwrap();
         Self { memory, repo, records, volumes, pin }
     }
 
@@ -322,7 +322,7 @@ async fn a_mark() {
 async fn an_entry_of_the_catalogue() {
     for damage in DAMAGES {
         let site = Site::new().await;
-        let key = Key::catalogue(&name("e"), &name("r"), site.records[0].id);
+        let key = Key::catalogue(site.repo.keys(), &name("e"), &name("r"), site.records[0].id);
         damaged_object(&key, &site, damage, false).await;
     }
 }

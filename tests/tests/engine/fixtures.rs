@@ -13,7 +13,9 @@ use petra_engine::store::LocalStore;
 use petra_engine::url::{Item, Selector, SnapshotRef};
 use petra_engine::{Context, Repository};
 use petra_tests::host::FixedHost;
-use petra_tests::lab::{check, context, init_with, name, request, verify_all};
+use petra_tests::lab::{
+    check, context, init_encrypted, init_with, name, request, secret, verify_all,
+};
 use petra_tests::volume::{Volume, noise, prose};
 
 /// Snapshot, volume, and the BLAKE3 hash of its bytes.
@@ -24,8 +26,9 @@ const VOLUMES: [(&str, &str, &str); 4] = [
     ("after", "data", "4e50750cb44387322741c3215ea52e6a36fc72224fb00e88b1a5de79fa912871"),
 ];
 
-fn directory() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/v1")
+fn directory(encrypted: bool) -> PathBuf {
+    let name = if encrypted { "fixtures/v1-encrypted" } else { "fixtures/v1" };
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
 /// A context whose clock stands at the first second of 2026, and which is the same each time.
@@ -37,9 +40,11 @@ fn fixed_context() -> (Arc<FixedHost>, Context) {
 }
 
 /// Every kind of object and extent: text, noise, numbers, long and short zeros, two segments, a deleted snapshot.
-async fn write(directory: &Path) {
+async fn write(directory: &Path, encrypted: bool) {
     let (host, ctx) = fixed_context();
-    let repo = init_with(Arc::new(LocalStore::new(directory)), &ctx).await;
+    let store = Arc::new(LocalStore::new(directory));
+    let repo =
+        if encrypted { init_encrypted(store, &ctx).await } else { init_with(store, &ctx).await };
     let numbers: Vec<u8> = (0..6_000_u32).flat_map(|n| (n * n / 7).to_le_bytes()).collect();
     let workspace = Volume::zeros((64 << 20) + 70_001)
         .with(0, &prose(1, 80_000))
@@ -104,12 +109,27 @@ impl std::io::Write for Hash {
 
 #[tokio::test]
 async fn version_1_restores() {
+    restores(false).await;
+}
+
+/// Its passphrase is `test`.
+#[tokio::test]
+async fn version_1_encrypted_restores() {
+    restores(true).await;
+}
+
+async fn restores(encrypted: bool) {
+    let directory = directory(encrypted);
     if std::env::var("PETRA_WRITE_FIXTURE").is_ok() {
         // There is none before the first time.
-        let _ = std::fs::remove_dir_all(directory());
-        write(&directory()).await;
+        let _ = std::fs::remove_dir_all(&directory);
+        write(&directory, encrypted).await;
     }
-    let repo = Repository::open(Arc::new(LocalStore::new(&directory()))).await.unwrap();
+    let store = Arc::new(LocalStore::new(&directory));
+    let repo = match encrypted {
+        true => Repository::unlock(store, &secret("test")).await.unwrap(),
+        false => Repository::open(store).await.unwrap(),
+    };
     assert_eq!(verify_all(&repo, true).await.unwrap().problems, []);
     let listed = repo.snapshots(&Item::Repository).await.unwrap();
     let names: Vec<_> = listed.iter().map(|record| record.name.clone().unwrap()).collect();
@@ -131,12 +151,14 @@ async fn version_1_restores() {
 /// A difference means that the format has changed, or the output of zstd.
 #[tokio::test]
 async fn what_is_written_today_is_version_1() {
-    let dir = tempfile::tempdir().unwrap();
-    write(dir.path()).await;
-    let (now, then) = (files(dir.path()), files(&directory()));
-    let names = |files: &BTreeMap<PathBuf, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
-    assert_eq!(names(&now), names(&then));
-    for (name, body) in &then {
-        assert!(now[name] == *body, "{} is not what it was", name.display());
+    for encrypted in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), encrypted).await;
+        let (now, then) = (files(dir.path()), files(&directory(encrypted)));
+        let names = |files: &BTreeMap<PathBuf, Vec<u8>>| files.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(&now), names(&then));
+        for (name, body) in &then {
+            assert!(now[name] == *body, "{} is not what it was", name.display());
+        }
     }
 }

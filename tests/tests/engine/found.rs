@@ -69,7 +69,7 @@ async fn a_session_whose_abort_was_buried_does_not_commit() {
 async fn a_buried_snapshot_does_not_come_back() {
     let (_, repo) = new_repo().await;
     let taken = take(&repo, &Volume::noise(1, 100_000)).await.unwrap();
-    let entry = Key::catalogue(&taken.experiment, &taken.run, taken.id);
+    let entry = Key::catalogue(repo.keys(), &taken.experiment, &taken.run, taken.id);
     let mut again = Vec::new();
     for key in [Key::snap(taken.id), entry] {
         let body = repo.store().get(&key).await.unwrap();

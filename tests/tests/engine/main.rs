@@ -9,6 +9,7 @@
 mod collect;
 mod compact;
 mod damage;
+mod encryption;
 mod faults;
 mod fixtures;
 mod found;

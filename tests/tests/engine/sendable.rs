@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use petra_engine::chunker::Chunking;
 use petra_engine::collect::{CollectOptions, collect};
+use petra_engine::crypto::list_keys;
 use petra_engine::diff::diff;
-use petra_engine::record::VolumeRecord;
+use petra_engine::record::{VolumeRecord, Writers};
 use petra_engine::restore::{RestoreOptions, restore, stream};
 use petra_engine::retention::{PruneOptions, prune};
 use petra_engine::snapshot::{SnapshotRequest, snapshot};
@@ -13,7 +15,7 @@ use petra_engine::target::FileTarget;
 use petra_engine::url::{Item, SnapshotRef};
 use petra_engine::usage::usage;
 use petra_engine::verify::{VerifyOptions, verify};
-use petra_engine::{Context, Repository, SnapshotId};
+use petra_engine::{Context, NewKey, Repository, SnapshotId};
 
 fn spawn(work: impl Future + Send + 'static) {
     drop(work);
@@ -26,8 +28,13 @@ fn all_operations(
     ctx: Context,
     (request, volume, target): (SnapshotRequest, VolumeRecord, FileTarget),
     (id, find, item): (SnapshotId, SnapshotRef, Item),
+    key: NewKey,
 ) {
     spawn(async move {
+        Repository::init_encrypted(Writers::Many, store.clone(), Chunking::default(), &key, &ctx)
+            .await?;
+        Repository::unlock(store.clone(), &key.secret).await?;
+        list_keys(&*store).await?;
         let repo = if item == Item::Repository { Repository::open(store).await? } else { repo };
         snapshot(&repo, request, &ctx).await?;
         restore(&repo, &volume, target, &RestoreOptions::default(), &ctx).await?;
@@ -36,6 +43,8 @@ fn all_operations(
         verify(&repo, &item, &VerifyOptions::default(), &ctx).await?;
         usage(&repo, &item, &ctx).await?;
         diff(&repo, &volume, &volume, &ctx).await?;
+        repo.add_key(&key, &ctx).await?;
+        repo.remove_key(id).await?;
         repo.delete(id, &ctx).await?;
         repo.undelete(id, &ctx).await?;
         repo.deleted(&item).await?;

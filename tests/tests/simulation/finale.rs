@@ -120,7 +120,7 @@ async fn clones(repo: &Repository) -> Result<Vec<(SnapshotId, SnapshotId)>, Erro
     for entry in objects(repo.store(), key::PINS).await {
         let key = Key::from_listing(entry.key);
         let pin: petra_engine::record::Pin =
-            petra_engine::format::envelope::unseal("pin", &repo.store().get(&key).await?)
+            petra_engine::format::envelope::unseal("pin", &key, &repo.store().get(&key).await?)
                 .map_err(|error| error.of(&key))?;
         let owner = key::parse_numbered(key.as_str(), key::PINS);
         clones.extend(
