@@ -16,7 +16,6 @@ use petra_engine::source::Source;
 use petra_engine::store::{StoreError, StoreErrorCause};
 use petra_engine::target::FileTarget;
 use petra_engine::url::{Item, SnapshotRef};
-use petra_engine::verify::{VerifyOptions, verify};
 use petra_engine::{Error, Repository};
 use petra_tests::lab::{name, request_of};
 use petra_tests::simulated::{Process, Troubles, spread};
@@ -25,15 +24,12 @@ use petra_tests::volume::{Volume, noise};
 use crate::oracle::{ATTEMPT, AttemptResult, Oracle, Volumes};
 use crate::volumes;
 
-/// TODO: once verify follows compactions.
-pub const VERIFY: bool = false;
-
 /// What a process does again and again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Takes snapshots of volumes that change.
     Writer,
-    /// Deletes snapshots.
+    /// Deletes snapshots, and brings some back.
     Deleter,
     /// Collects garbage.
     Collector,
@@ -93,6 +89,7 @@ impl Actor {
             tokio::time::sleep(spread(&mut self.rng, self.pace)).await;
             match role {
                 Role::Writer => self.write().await,
+                Role::Deleter if self.rng.u32(..3) == 0 => self.undelete().await,
                 Role::Deleter => self.delete().await,
                 Role::Collector => self.collect().await,
                 Role::Reader => self.read().await,
@@ -182,7 +179,7 @@ impl Actor {
             self.volumes = names.map(|n| (n, volumes::fresh(&mut self.rng))).collect();
         }
         for (_, volume) in &mut self.volumes {
-            if self.rng.bool() {
+            for _ in 0..self.rng.u32(..4) {
                 volumes::change(&mut self.rng, volume);
             }
         }
@@ -205,6 +202,25 @@ impl Actor {
             Err(error) => {
                 let buried = was_deleted && matches!(error, Error::Unknown { .. });
                 self.judge(&format!("delete {id}"), &error, before, buried);
+            }
+        }
+    }
+
+    async fn undelete(&mut self) {
+        let mut known = self.oracle.committed();
+        known.retain(|id| self.oracle.may_be_deleted(*id));
+        let Some(id) = self.rng.choice(known) else { return };
+        self.process.note(format_args!("undelete {id}"));
+        let call = self.oracle.call(id, false);
+        let before = self.process.troubles();
+        match self.repo.undelete(id, &self.ctx).await {
+            Ok(()) => {
+                self.oracle.saw("snapshot brought back", 1);
+                self.oracle.done(call);
+            }
+            Err(error) => {
+                let too_late = matches!(error, Error::Purged { .. });
+                self.judge(&format!("undelete {id}"), &error, before, too_late);
             }
         }
     }
@@ -251,9 +267,6 @@ impl Actor {
         };
         let ended = self.oracle.now();
         self.oracle.check_listing(began, ended, &records);
-        if VERIFY && self.rng.u32(..4) == 0 {
-            return self.verify().await;
-        }
         let Some(record) = self.rng.choice(records.as_slice()) else { return };
         // The lister may stand still before it reads.
         tokio::time::sleep(spread(&mut self.rng, self.pace)).await;
@@ -264,24 +277,6 @@ impl Actor {
             return self.judge(&format!("find {}", record.id), &error, before, allowed);
         }
         self.restore(record, false).await;
-    }
-
-    async fn verify(&mut self) {
-        let before = self.process.troubles();
-        let options = VerifyOptions { read_data: self.rng.bool() };
-        self.process.note(format_args!("verify {options:?}"));
-        match verify(&self.repo, &Item::Repository, &options, &self.ctx).await {
-            Ok(report) => {
-                for problem in report.problems {
-                    let excused = !problem.affected.is_empty()
-                        && problem.affected.iter().all(|a| self.oracle.may_be_deleted(a.snapshot));
-                    if !excused {
-                        self.violation(format!("verify: {problem:?}"));
-                    }
-                }
-            }
-            Err(error) => self.judge("verify", &error, before, false),
-        }
     }
 
     /// Restores all volumes of a snapshot and compares every byte. One that is pinned can be read whatever happens.

@@ -11,7 +11,7 @@ pub fn fresh(rng: &mut fastrand::Rng) -> Volume {
     let tail = rng.u64(1..=120_000);
     let len = tail + SEGMENT * [0, 0, 0, 1, 2].get(rng.usize(..5)).copied().unwrap_or_default();
     let mut volume = Volume::zeros(len);
-    for _ in 0..rng.u32(0..=4) {
+    for _ in 0..rng.u32(0..=6) {
         write_piece(rng, &mut volume);
     }
     volume
@@ -32,7 +32,9 @@ pub fn change(rng: &mut fastrand::Rng, volume: &mut Volume) {
 }
 
 fn write_piece(rng: &mut fastrand::Rng, volume: &mut Volume) {
-    let (piece, len) = (rng.u64(..PIECES), rng.usize(1..=30_000));
+    // Some that others have as well, and some that nobody has.
+    let piece = if rng.bool() { rng.u64(..PIECES) } else { rng.u64(..) };
+    let len = rng.usize(1..=30_000);
     let bytes = if rng.bool() { noise(piece, len) } else { prose(piece, len) };
     let at = place(rng, volume.len());
     volume.write(at, &bytes);
