@@ -96,8 +96,8 @@ impl Repository {
     pub async fn deleted(&self, scope: &Item) -> Result<Vec<Deleted>> {
         let prefix = match scope {
             Item::Repository => key::RUNS.to_owned(),
-            Item::Experiment(experiment) => key::experiment_prefix(experiment),
-            Item::Run { experiment, run } => key::run_prefix(experiment, run),
+            Item::Experiment(experiment) => key::experiment_prefix(self.keys(), experiment),
+            Item::Run { experiment, run } => key::run_prefix(self.keys(), experiment, run),
             Item::Snapshot { snapshot, .. } => {
                 return Ok(vec![Box::pin(self.find_deleted(snapshot)).await?]);
             }
