@@ -1,5 +1,6 @@
 //! Collectors and compactors: look, conclude, act.
 
+use crate::markers::MARKING;
 use crate::model::{Model, Role, Step};
 use crate::mutation::Mutation;
 use crate::sets::{CHUNKS, Ids, Places, SESSIONS};
@@ -11,11 +12,16 @@ impl Model {
     pub(crate) fn aborts(&self, state: &State, steps: &mut Vec<(Step, State)>) {
         for session in 0..SESSIONS {
             let decision = state.sessions[session].decision;
-            if decision == Decision::None && self.is_known(state, session) && !self.is(Mutation::NoAborts) {
+            if decision == Decision::None
+                && self.is_known(state, session)
+                && !self.is(Mutation::NoAborts)
+            {
                 let mut next = *state;
                 next.sessions[session].decision = Decision::Abort;
                 steps.push((Step::Abort { session }, next));
-                if self.is(Mutation::AbortDeletesPacks) && state.sessions[session].pack != Pack::None {
+                if self.is(Mutation::AbortDeletesPacks)
+                    && state.sessions[session].pack != Pack::None
+                {
                     // The Abort is still on its way, and the commit may win.
                     let mut next = *state;
                     next.sessions[session].pack = Pack::Doomed;
@@ -42,13 +48,23 @@ impl Model {
             self.restart(state, viewer, steps);
             return;
         }
+        if self.mark_packs(state, viewer, steps) {
+            self.restart(state, viewer, steps);
+            return;
+        }
         self.view(state, viewer, steps, &mut |known, next, steps| {
             // One that had a DELETE needs no other to be as good as gone.
             let doomed = state.sessions_where(|session| session.pack == Pack::Doomed);
             let (deletes, dead) = (known.deletes - doomed, known.dead);
             let mut next = *next;
-            let stage = if deletes.is_empty() && dead.is_empty() { 0 } else { ACTING };
-            next.viewers[viewer] = Viewer { stage, deletes, dead, ..Viewer::default() };
+            next.viewers[viewer] = Viewer::acting(deletes, dead);
+            if self.is(Mutation::MarkersInsteadOfPins) {
+                next.markers -= known.live.packs();
+                if !deletes.is_empty() {
+                    let marking = Viewer { stage: MARKING, dead: deletes, ..Viewer::default() };
+                    next.viewers[viewer] = marking;
+                }
+            }
             steps.push((Step::Conclude { viewer, deletes, dead }, next));
         });
     }
@@ -96,9 +112,7 @@ impl Model {
         let it = state.viewers[viewer];
         let mut push = |step: Step, mut next: State| {
             let it = &mut next.viewers[viewer];
-            if it.deletes.is_empty() && it.dead.is_empty() {
-                *it = Viewer::default();
-            }
+            *it = Viewer::acting(it.deletes, it.dead);
             steps.push((step, next));
         };
         for pack in it.deletes.iter() {
@@ -133,13 +147,15 @@ impl Model {
     /// The steps of a compactor: view as a collector does, copy what is live in one pack, commit the map.
     pub(crate) fn compactor(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
         let before = self.config.roles.iter().take(session);
-        let viewer = self.config.collectors + before.filter(|role| **role == Role::Compactor).count();
+        let viewer =
+            self.config.collectors + before.filter(|role| **role == Role::Compactor).count();
         let it = &state.sessions[session];
         let mut next = *state;
         let me = &mut next.sessions[session];
         match it.phase {
             Phase::Idle if self.is(Mutation::FooterCompacted) => {
-                for pack in (0..SESSIONS).filter(|pack| state.sessions[*pack].pack == Pack::Present) {
+                for pack in (0..SESSIONS).filter(|pack| state.sessions[*pack].pack == Pack::Present)
+                {
                     // A compactor's footer lists what it copied, a writer's what it stored.
                     let other = &state.sessions[pack];
                     let places = if self.config.roles[pack] == Role::Compactor {
@@ -171,7 +187,9 @@ impl Model {
             }
             Phase::Stored => {
                 let source = it.refs.packs().iter().next().unwrap_or_default();
-                if self.is(Mutation::SourceDeletedEarly) && state.sessions[source].pack == Pack::Present {
+                if self.is(Mutation::SourceDeletedEarly)
+                    && state.sessions[source].pack == Pack::Present
+                {
                     next.sessions[source].pack = Pack::Doomed;
                     steps.push((Step::DeleteSource { session }, next));
                     return;

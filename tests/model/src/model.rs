@@ -104,6 +104,9 @@ pub enum Step {
     PutGrave { viewer: usize },
     RemoveKeys { viewer: usize },
     Restart { viewer: usize },
+    PutMarkers { viewer: usize },
+    LookAgain { viewer: usize },
+    CheckMarkers { session: usize },
 
     Copy { viewer: usize, session: usize, places: Places },
     DeleteSource { session: usize },
@@ -197,7 +200,10 @@ impl Model {
         let seen = state.viewers.iter().fold(Ids::NONE, |all, viewer| all | viewer.pins);
         for (id, session) in state.sessions.iter_mut().enumerate() {
             // A void pin that no view has.
-            if session.decision != Decision::None && !seen.has(id) && !self.is(Mutation::VoidPinsHold) {
+            if session.decision != Decision::None
+                && !seen.has(id)
+                && !self.is(Mutation::VoidPinsHold)
+            {
                 session.witnesses = Ids::NONE;
             }
             if session.decision == Decision::Abort && session.phase == Phase::Lost {
@@ -225,7 +231,9 @@ impl Model {
     /// Owners whose pins a LIST finds.
     pub(crate) fn pins(&self, state: &State) -> Ids {
         let sessions = state.sessions_where(|session| {
-            session.decision == Decision::None && session.phase != Phase::Lost && !session.witnesses.is_empty()
+            session.decision == Decision::None
+                && session.phase != Phase::Lost
+                && !session.witnesses.is_empty()
         });
         let clones = state.clones_where(|clone| {
             matches!(clone.phase, ClonePhase::Pinned | ClonePhase::HalfChecked | ClonePhase::Valid)
@@ -237,6 +245,8 @@ impl Model {
     pub(crate) fn is_known(&self, state: &State, session: usize) -> bool {
         let it = &state.sessions[session];
         // Who lends to a session knows it.
-        it.pack != Pack::None || !it.witnesses.is_empty() || !(it.valid - Ids::ALL_SESSIONS).is_empty()
+        it.pack != Pack::None
+            || !it.witnesses.is_empty()
+            || !(it.valid - Ids::ALL_SESSIONS).is_empty()
     }
 }

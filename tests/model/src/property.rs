@@ -56,16 +56,18 @@ impl Property {
 
 fn pinned_is_readable(model: &Model, state: &State) -> bool {
     let readable = model.readable(state, model.maps(state));
-    let clones = state.clones.iter().filter(|clone| clone.phase == ClonePhase::Valid).all(|clone| {
-        let refs = state.sessions[usize::from(clone.snapshot)].refs;
-        if model.is(Mutation::ReaderKeepsMaps) {
-            refs.within(model.readable(state, clone.maps))
-        } else {
-            refs.within(readable)
-        }
-    });
+    let clones =
+        state.clones.iter().filter(|clone| clone.phase == ClonePhase::Valid).all(|clone| {
+            let refs = state.sessions[usize::from(clone.snapshot)].refs;
+            if model.is(Mutation::ReaderKeepsMaps) {
+                refs.within(model.readable(state, clone.maps))
+            } else {
+                refs.within(readable)
+            }
+        });
     let undecided = state.sessions.iter().enumerate().filter(|(id, session)| {
-        session.decision == Decision::None && matches!(model.config.roles[*id], Role::Writer(_) | Role::Retry(..))
+        session.decision == Decision::None
+            && matches!(model.config.roles[*id], Role::Writer(_) | Role::Retry(..))
     });
     clones
         && undecided.into_iter().all(|(id, session)| match session.phase {
@@ -91,7 +93,9 @@ fn reports_are_true(model: &Model, state: &State) -> bool {
 
 /// Said in its own words, not by what a collector does: what should stay after the last collection.
 fn nothing_leaks(model: &Model, state: &State) -> bool {
-    let Verdict::Known(known) = model.conclude(state, &model.alone(state, true)) else { return false };
+    let Verdict::Known(known) = model.conclude(state, &model.alone(state, true)) else {
+        return false;
+    };
     let stored = state.sessions_where(|session| session.pack != Pack::None);
     let kept = state.sessions_where(|session| {
         session.decision == Decision::Commit && session.mark != Mark::Purge
@@ -151,7 +155,8 @@ impl Goal {
     pub fn holds(self, model: &Model, state: &State) -> bool {
         let doomed = state.sessions_where(|session| session.pack == Pack::Doomed);
         let maps = model.maps(state);
-        let used = model.kept(state).iter().fold(Places::NONE, |all, id| all | state.sessions[id].refs);
+        let used =
+            model.kept(state).iter().fold(Places::NONE, |all, id| all | state.sessions[id].refs);
         let read_through = |map: usize| {
             let copied = state.sessions[map].refs;
             !(copied & used).is_empty() && copied.packs().within(doomed)
@@ -182,9 +187,8 @@ impl Goal {
             }),
             Self::RacingCopies => maps.iter().any(|map| {
                 let copied = state.sessions[map].refs & used;
-                maps.iter().any(|other| {
-                    other != map && !(copied & state.sessions[other].refs).is_empty()
-                })
+                maps.iter()
+                    .any(|other| other != map && !(copied & state.sessions[other].refs).is_empty())
             }),
             Self::BorrowedCommits => model.kept(state).iter().any(|id| {
                 let session = &state.sessions[id];
@@ -201,9 +205,11 @@ impl Goal {
             Self::CompactionBuried => {
                 !(state.decided_as(Decision::Map) & state.graves & state.removed).is_empty()
             }
-            Self::AbortReplaced => state.sessions.iter().enumerate().any(|(id, session)| {
-                session.phase == Phase::Committed && state.graves.has(id)
-            }),
+            Self::AbortReplaced => state
+                .sessions
+                .iter()
+                .enumerate()
+                .any(|(id, session)| session.phase == Phase::Committed && state.graves.has(id)),
         }
     }
 }

@@ -81,7 +81,8 @@ impl Model {
             }
             ClonePhase::Valid => {
                 let borrowed = state.sessions.iter().any(|session| {
-                    session.decision == Decision::None && !(session.valid & Ids::clone(clone)).is_empty()
+                    session.decision == Decision::None
+                        && !(session.valid & Ids::clone(clone)).is_empty()
                 });
                 if borrowed && !self.is(Mutation::EndBeforeBorrower) {
                     // The clone's owner waits for the session, or aborts it.

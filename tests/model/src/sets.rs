@@ -94,7 +94,8 @@ impl Places {
 
     /// The same chunks in another pack; the set must be of one pack.
     pub fn moved_to(self, pack: usize) -> Self {
-        let chunks = (0..SESSIONS).fold(0, |all, from| all | (self & Self::of(from)).0 >> (from * CHUNKS));
+        let chunks =
+            (0..SESSIONS).fold(0, |all, from| all | (self & Self::of(from)).0 >> (from * CHUNKS));
         Self(chunks << (pack * CHUNKS))
     }
 
@@ -153,7 +154,8 @@ set_operators!(Places);
 
 impl fmt::Debug for Ids {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = |id| if id < SESSIONS { format!("{id}") } else { format!("clone {}", id - SESSIONS) };
+        let name =
+            |id| if id < SESSIONS { format!("{id}") } else { format!("clone {}", id - SESSIONS) };
         f.debug_set().entries(self.iter().map(|id| Bare(name(id)))).finish()
     }
 }

@@ -3,7 +3,7 @@
 use crate::model::Model;
 use crate::mutation::Mutation;
 use crate::sets::{Ids, Places, SESSIONS};
-use crate::state::{ClonePhase, Decision, Mark, Pack, State, Viewer};
+use crate::state::{ClonePhase, Decision, Mark, Pack, Phase, State, Viewer};
 
 /// Things that are looked at in one stage. A LIST of decisions has a beginning and an end.
 pub(crate) mod look {
@@ -69,7 +69,8 @@ impl Model {
             next.purged = self.purged(state);
         }
         if stage & look::ENDS != 0 {
-            next.ended = state.clones_where(|clone| clone.phase == ClonePhase::Ended) - state.removed;
+            next.ended =
+                state.clones_where(|clone| clone.phase == ClonePhase::Ended) - state.removed;
         }
         if stage & look::PINS != 0 {
             next.pins = self.pins(state);
@@ -170,9 +171,9 @@ impl Model {
                 // Either the pin came too late, and nobody relies on it; or its owner is decided by now, refers to
                 // a part of the root, and the rest was collected: then what it refers to must not go with it.
                 let decided_since = || {
-                    (view.pins - void).iter().any(|owner| {
-                        state.pinned_by(owner).has(root) && self.is_over(state, owner)
-                    })
+                    (view.pins - void)
+                        .iter()
+                        .any(|owner| state.pinned_by(owner).has(root) && self.is_over(state, owner))
                 };
                 if self.is(Mutation::PurgedPinnedIsDamage) {
                     return Verdict::Damage;
@@ -191,7 +192,8 @@ impl Model {
             let copied = state.sessions[map].refs;
             covered |= copied;
             if self.is(Mutation::SomeCopied) {
-                covered |= copied.packs().iter().fold(Places::NONE, |all, pack| all | Places::of(pack));
+                covered |=
+                    copied.packs().iter().fold(Places::NONE, |all, pack| all | Places::of(pack));
             }
         }
         if !self.is(Mutation::MapsNotFollowed) {
@@ -250,7 +252,8 @@ impl Model {
             purged: self.purged(state),
             ended: state.clones_where(|clone| clone.phase == ClonePhase::Ended) - state.removed,
             pins,
-            decided: (decided - state.removed) | if aborting && !self.is(Mutation::NoAborts) { known } else { Ids::NONE },
+            decided: (decided - state.removed)
+                | if aborting && !self.is(Mutation::NoAborts) { known } else { Ids::NONE },
             graves: state.graves,
             ..Viewer::default()
         }
@@ -259,7 +262,9 @@ impl Model {
     /// Snapshots that users take for theirs: committed and not purged.
     pub(crate) fn kept(&self, state: &State) -> Ids {
         let kept = state.sessions_where(|session| {
-            session.decision == Decision::Commit && session.mark != Mark::Purge
+            let unchecked =
+                session.phase == Phase::Committed && self.is(Mutation::MarkersInsteadOfPins);
+            session.decision == Decision::Commit && session.mark != Mark::Purge && !unchecked
         });
         (kept | state.told_back & state.decided_as(Decision::Commit)) - state.graves
     }

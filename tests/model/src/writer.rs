@@ -20,12 +20,16 @@ impl Model {
         if self.config.resuming && session == RESUMED {
             self.resume(state, session, steps);
         }
+        let it = &state.sessions[session];
+        if it.phase == Phase::Committed && self.is(Mutation::MarkersInsteadOfPins) {
+            self.check_markers(state, session, steps);
+            return;
+        }
         let mut push = |step: Step, change: &dyn Fn(&mut State)| {
             let mut next = *state;
             change(&mut next);
             steps.push((step, next));
         };
-        let it = &state.sessions[session];
         let me = Ids::one(session);
         if state.adrift.has(session)
             && self.is(Mutation::PinUnacknowledged)
@@ -93,7 +97,13 @@ impl Model {
     }
 
     /// Choosing witnesses, and pinning them.
-    fn begin(&self, state: &State, session: usize, candidates: Ids, steps: &mut Vec<(Step, State)>) {
+    fn begin(
+        &self,
+        state: &State,
+        session: usize,
+        candidates: Ids,
+        steps: &mut Vec<(Step, State)>,
+    ) {
         for witnesses in (candidates & self.found(state)).subsets() {
             let mut next = *state;
             let it = &mut next.sessions[session];
@@ -112,7 +122,10 @@ impl Model {
             } else {
                 it.witnesses = witnesses;
                 it.phase = Phase::Pinned;
-                if self.is(Mutation::NoPin) || self.is(Mutation::PinUnacknowledged) {
+                if self.is(Mutation::NoPin)
+                    || self.is(Mutation::MarkersInsteadOfPins)
+                    || self.is(Mutation::PinUnacknowledged)
+                {
                     next.adrift |= Ids::one(session);
                 }
             }
@@ -139,13 +152,15 @@ impl Model {
     /// Choosing what to refer to, and storing the session's own pack. Nobody sees the choice before the commit.
     fn store(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
         let it = &state.sessions[session];
-        let reusable = it.valid.iter().fold(Places::NONE, |all, from| match from.checked_sub(SESSIONS) {
-            None => all | state.sessions[from].refs,
-            Some(clone) => all | state.sessions[usize::from(state.clones[clone].snapshot)].refs,
-        });
+        let reusable =
+            it.valid.iter().fold(Places::NONE, |all, from| match from.checked_sub(SESSIONS) {
+                None => all | state.sessions[from].refs,
+                Some(clone) => all | state.sessions[usize::from(state.clones[clone].snapshot)].refs,
+            });
         let mut choices: Vec<Places> = reusable.subsets().collect();
         if self.config.resolving {
-            let resolved: Vec<_> = choices.iter().map(|places| self.resolved(state, *places)).collect();
+            let resolved: Vec<_> =
+                choices.iter().map(|places| self.resolved(state, *places)).collect();
             choices.extend(resolved);
         }
         if self.is(Mutation::ReuseFromPackList) || self.is(Mutation::ReuseUndecided) {
@@ -207,7 +222,8 @@ impl Model {
         let commit = |next: &mut State| {
             let it = &mut next.sessions[session];
             it.decision = Decision::Commit;
-            it.phase = if self.config.graves { Phase::Committed } else { Phase::Done };
+            let checks = self.config.graves || self.is(Mutation::MarkersInsteadOfPins);
+            it.phase = if checks { Phase::Committed } else { Phase::Done };
             it.valid = Ids::NONE;
             next.adrift -= Ids::one(session);
             next.sent = Places::NONE;

@@ -11,7 +11,10 @@ fn caught(mutation: Mutation, config: Config, property: Property) {
     let model = Model { config, mutation: Some(mutation) };
     let exploration = explore(model, &[property]);
     let Some(violation) = exploration.violation else {
-        panic!("{mutation:?} was not noticed in {} states of {:?}", exploration.states, config.name);
+        panic!(
+            "{mutation:?} was not noticed in {} states of {:?}",
+            exploration.states, config.name
+        );
     };
     println!("{mutation:?}, after {} states: {violation:?}", exploration.states);
 }
@@ -74,6 +77,7 @@ caught! {
     abort_deletes_packs: AbortDeletesPacks in alone(CONCURRENT) => KeptIsReadable;
     abort_removed: AbortRemoved in alone(CONCURRENT) => KeptIsReadable;
     pin_of_undecided_removed: PinOfUndecidedRemoved in alone(CONCURRENT) => KeptIsReadable;
+    markers_instead_of_pins: MarkersInsteadOfPins in CONCURRENT => KeptIsReadable;
     purged_meanwhile_is_damage: PurgedMeanwhileIsDamage in CONCURRENT => NoFalseAlarm;
     purged_pinned_is_damage: PurgedPinnedIsDamage in alone(CONCURRENT) => NoFalseAlarm;
     purged_pinned_is_ignored: PurgedPinnedIsIgnored in CONCURRENT => KeptIsReadable;
@@ -100,4 +104,14 @@ caught! {
     pinned_graved: PinnedGraved in alone(UNDELETE) => PinnedIsReadable;
     chained_map_graved: ChainedMapGraved in alone(CHAIN_AND_GRAVES) => KeptIsReadable;
     live_map_graved: LiveMapGraved in alone(CHAIN_AND_GRAVES) => KeptIsReadable;
+}
+
+/// That it takes two collectors to break it shows that it is broken by what its test says.
+#[test]
+fn markers_are_sound_with_one_collector() {
+    let model = Model {
+        config: Config { clones: 0, ..alone(CONCURRENT) },
+        mutation: Some(Mutation::MarkersInsteadOfPins),
+    };
+    assert!(explore(model, &[Property::KeptIsReadable]).violation.is_none());
 }
