@@ -1,7 +1,7 @@
 //! Collectors and compactors: look, conclude, act.
 
 use crate::markers::MARKING;
-use crate::model::{Model, Role, Step};
+use crate::model::{Model, Role, Step, Steps};
 use crate::mutation::Mutation;
 use crate::sets::{CHUNKS, Ids, Places, SESSIONS};
 use crate::state::{ACTING, Decision, Pack, Phase, State, Viewer};
@@ -9,7 +9,7 @@ use crate::view::{Known, Verdict};
 
 impl Model {
     /// Aborts of sessions judged silent, by any collector at any time.
-    pub(crate) fn aborts(&self, state: &State, steps: &mut Vec<(Step, State)>) {
+    pub(crate) fn aborts(&self, state: &State, steps: &mut Steps) {
         for session in 0..SESSIONS {
             let decision = state.sessions[session].decision;
             if decision == Decision::None
@@ -42,7 +42,7 @@ impl Model {
     }
 
     /// The steps of a collector.
-    pub(crate) fn collector(&self, state: &State, viewer: usize, steps: &mut Vec<(Step, State)>) {
+    pub(crate) fn collector(&self, state: &State, viewer: usize, steps: &mut Steps) {
         if state.viewers[viewer].stage == ACTING {
             self.act(state, viewer, steps);
             self.restart(state, viewer, steps);
@@ -74,8 +74,8 @@ impl Model {
         &self,
         state: &State,
         viewer: usize,
-        steps: &mut Vec<(Step, State)>,
-        known: &mut dyn FnMut(&Known, &State, &mut Vec<(Step, State)>),
+        steps: &mut Steps,
+        known: &mut dyn FnMut(&Known, &State, &mut Steps),
     ) {
         let it = state.viewers[viewer];
         self.look(state, &it, &mut |view, complete| {
@@ -99,7 +99,7 @@ impl Model {
     }
 
     /// It dies and begins again.
-    fn restart(&self, state: &State, viewer: usize, steps: &mut Vec<(Step, State)>) {
+    fn restart(&self, state: &State, viewer: usize, steps: &mut Steps) {
         if state.viewers[viewer].stage != 0 {
             let mut next = *state;
             next.viewers[viewer] = Viewer::default();
@@ -108,7 +108,7 @@ impl Model {
     }
 
     /// Deleting packs, and cleaning up small objects, in any order.
-    fn act(&self, state: &State, viewer: usize, steps: &mut Vec<(Step, State)>) {
+    fn act(&self, state: &State, viewer: usize, steps: &mut Steps) {
         let it = state.viewers[viewer];
         let mut push = |step: Step, mut next: State| {
             let it = &mut next.viewers[viewer];
@@ -145,7 +145,7 @@ impl Model {
     }
 
     /// The steps of a compactor: view as a collector does, copy what is live in one pack, commit the map.
-    pub(crate) fn compactor(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
+    pub(crate) fn compactor(&self, state: &State, session: usize, steps: &mut Steps) {
         let before = self.config.roles.iter().take(session);
         let viewer =
             self.config.collectors + before.filter(|role| **role == Role::Compactor).count();
@@ -216,7 +216,7 @@ fn copy(
     viewer: usize,
     session: usize,
     places: Places,
-    steps: &mut Vec<(Step, State)>,
+    steps: &mut Steps,
 ) {
     let mut next = *state;
     next.sessions[session].refs = places;

@@ -7,7 +7,7 @@
 //!
 //! [`Mutation::MarkersInsteadOfPins`]: crate::Mutation::MarkersInsteadOfPins
 
-use crate::model::{Model, Step};
+use crate::model::{Model, Step, Steps};
 use crate::sets::{Ids, Places};
 use crate::state::{Decision, Mark, Phase, State, Viewer};
 
@@ -22,7 +22,7 @@ impl Model {
         &self,
         state: &State,
         viewer: usize,
-        steps: &mut Vec<(Step, State)>,
+        steps: &mut Steps,
     ) -> bool {
         let it = state.viewers[viewer];
         let mut next = *state;
@@ -49,7 +49,7 @@ impl Model {
         &self,
         state: &State,
         session: usize,
-        steps: &mut Vec<(Step, State)>,
+        steps: &mut Steps,
     ) {
         let mut next = *state;
         let it = &mut next.sessions[session];

@@ -112,6 +112,9 @@ pub enum Step {
     DeleteSource { session: usize },
 }
 
+/// Steps that can be taken, each with the state that it leads to.
+pub type Steps = Vec<(Step, State)>;
+
 /// The protocol in a configuration, whole or without a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Model {
@@ -151,7 +154,7 @@ impl Model {
     }
 
     /// Every step that can be taken, and where it leads.
-    pub fn steps(&self, state: &State, steps: &mut Vec<(Step, State)>) {
+    pub fn steps(&self, state: &State, steps: &mut Steps) {
         for (session, role) in self.config.roles.iter().enumerate() {
             match role {
                 Role::Unused | Role::Snapshot => {}

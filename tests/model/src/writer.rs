@@ -1,6 +1,6 @@
 //! The writer: pin, check, choose what to reuse, store, commit.
 
-use crate::model::{Model, Step};
+use crate::model::{Model, Step, Steps};
 use crate::mutation::Mutation;
 use crate::sets::{Ids, Places, SESSIONS};
 use crate::state::{ClonePhase, Decision, Pack, Phase, State};
@@ -15,7 +15,7 @@ impl Model {
         state: &State,
         session: usize,
         candidates: Ids,
-        steps: &mut Vec<(Step, State)>,
+        steps: &mut Steps,
     ) {
         if self.config.resuming && session == RESUMED {
             self.resume(state, session, steps);
@@ -102,7 +102,7 @@ impl Model {
         state: &State,
         session: usize,
         candidates: Ids,
-        steps: &mut Vec<(Step, State)>,
+        steps: &mut Steps,
     ) {
         for witnesses in (candidates & self.found(state)).subsets() {
             let mut next = *state;
@@ -150,7 +150,7 @@ impl Model {
     }
 
     /// Choosing what to refer to, and storing the session's own pack. Nobody sees the choice before the commit.
-    fn store(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
+    fn store(&self, state: &State, session: usize, steps: &mut Steps) {
         let it = &state.sessions[session];
         let reusable =
             it.valid.iter().fold(Places::NONE, |all, from| match from.checked_sub(SESSIONS) {
@@ -190,7 +190,7 @@ impl Model {
                 it.refs = own | reused;
             }
             // What was pinned stays pinned; which of it holds matters no more. A borrower stays one.
-            it.valid = it.valid - Ids::ALL_SESSIONS;
+            it.valid -= Ids::ALL_SESSIONS;
             it.phase = Phase::Stored;
             if own.packs().has(session) {
                 let waits = !self.is(Mutation::CommitBeforePacks);
@@ -213,7 +213,7 @@ impl Model {
     }
 
     /// Deciding the session.
-    fn commit(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
+    fn commit(&self, state: &State, session: usize, steps: &mut Steps) {
         let mut push = |step: Step, change: &dyn Fn(&mut State)| {
             let mut next = *state;
             change(&mut next);
@@ -269,7 +269,7 @@ impl Model {
     }
 
     /// Dying, and being resumed with nothing but the session's id and its pin.
-    fn resume(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
+    fn resume(&self, state: &State, session: usize, steps: &mut Steps) {
         let it = &state.sessions[session];
         if matches!(it.phase, Phase::Pinned | Phase::Checked | Phase::Stored) {
             let may_have_sent = it.phase == Phase::Stored && it.decision == Decision::None;
