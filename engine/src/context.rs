@@ -51,7 +51,10 @@ impl Host for SystemHost {
 /// Bounds on what an operation uses.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Threads that read, chunk, hash and compress.
+    /// Threads that read, chunk, hash and compress. With 0 there are none: tasks of the caller's runtime do that
+    /// work themselves, between their requests. For programs that must stay single-threaded, and for simulations:
+    /// on a runtime of one thread, everything that the engine does then follows from its context, store and
+    /// sources alone.
     pub threads: usize,
     /// Requests to the store at one time.
     pub requests: usize,

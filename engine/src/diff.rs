@@ -33,7 +33,7 @@ pub async fn diff(
         return Ok(VolumeDiff::default());
     }
     let (before, after) =
-        try_join!(tree::segments(repo.store(), from, ctx), tree::segments(repo.store(), to, ctx))?;
+        try_join!(tree::segments(repo, from, ctx), tree::segments(repo, to, ctx))?;
     if let Some(unreadable) = before.unreadable.into_iter().chain(after.unreadable).next() {
         return Err(unreadable.error);
     }
@@ -47,8 +47,8 @@ pub async fn diff(
         let left = batch.iter().map(|(n, a, _)| (*n, *a)).collect();
         let right = batch.iter().map(|(n, _, b)| (*n, *b)).collect();
         let (left, right) = try_join!(
-            tree::leaves(repo.store(), from.len_bytes, left, ctx),
-            tree::leaves(repo.store(), to.len_bytes, right, ctx),
+            tree::leaves(repo, from.len_bytes, left, ctx),
+            tree::leaves(repo, to.len_bytes, right, ctx),
         )?;
         for ((segment, a), (_, b)) in left.into_iter().zip(right) {
             let (a, b) = (a?, b?);

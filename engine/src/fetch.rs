@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::id::PackId;
 use crate::key::Key;
 use crate::progress::Event;
-use crate::store::Store;
+use crate::repository::Repository;
 
 /// Bytes that nobody asked for are fetched along rather than starting another request: at 100 MB/s and 10 ms for
 /// a request, 1 MiB costs as much.
@@ -64,10 +64,10 @@ pub fn coalesce<T>(mut spans: Vec<Span<T>>) -> Vec<Request<T>> {
 
 impl<T> Request<T> {
     /// Fetches the bytes. A missing pack is damage; a short one shows in [`Fetched::span`].
-    pub async fn fetch(&self, store: &dyn Store, ctx: &Context) -> Result<Fetched> {
+    pub async fn fetch(&self, repo: &Repository, ctx: &Context) -> Result<Fetched> {
         ctx.check()?;
         let key = Key::pack(self.pack);
-        match store.get_range(&key, self.range.clone()).await {
+        match repo.store().get_range(&key, self.range.clone()).await {
             Ok(bytes) => {
                 ctx.progress.event(Event::Fetched { bytes: bytes.len() as u64 });
                 Ok(Fetched { key, start: self.range.start, bytes })

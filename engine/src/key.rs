@@ -8,6 +8,8 @@
 //! | `marks/SNAPSHOT/K` | Delete (odd K), Purge or Undelete (even K), each made once |
 //! | `pins/OWNER/N` | snapshots that a session or clone needs |
 //! | `ends/CLONE` | the clone needs its pin no longer |
+//! | `moves/PACK/SESSION` | a compaction that moves a pack: found by it, decided by `snaps/SESSION` |
+//! | `graves/SESSION` | ids of sessions, snapshots and clones whose small objects were removed |
 //! | `runs/EXPERIMENT/RUN/SESSION` | where a session belongs: found by name, decided by `snaps/SESSION` |
 //!
 //! Keys are relative to the repository; stores add their prefix or directory.
@@ -31,6 +33,10 @@ pub const MARKS: &str = "marks/";
 pub const PINS: &str = "pins/";
 /// The prefix of all ends.
 pub const ENDS: &str = "ends/";
+/// The prefix of the hints that packs were moved.
+pub const MOVES: &str = "moves/";
+/// The prefix of the lists of ids that are dead.
+pub const GRAVES: &str = "graves/";
 /// The prefix of the catalogue.
 pub const RUNS: &str = "runs/";
 
@@ -65,6 +71,16 @@ impl Key {
         Self(format!("{}{session}", run_prefix(experiment, run)))
     }
 
+    /// A clone's end.
+    pub fn end(clone: SnapshotId) -> Self {
+        Self(format!("{ENDS}{clone}"))
+    }
+
+    /// A list of dead ids.
+    pub fn grave(id: SnapshotId) -> Self {
+        Self(format!("{GRAVES}{id}"))
+    }
+
     /// A key from a listing.
     pub fn from_listing(key: String) -> Self {
         Self(key)
@@ -92,9 +108,19 @@ pub fn run_prefix(experiment: &Name, run: &Name) -> String {
     format!("{RUNS}{}/{}/", experiment.key_component(), run.key_component())
 }
 
+/// The hints that a pack was moved.
+pub fn moves_prefix(pack: PackId) -> String {
+    format!("{MOVES}{pack}/")
+}
+
 /// The part of a listed key after `prefix`, as an id and a number (`SESSION/NUMBER`).
 pub fn parse_numbered(key: &str, prefix: &str) -> Option<PackId> {
     key.strip_prefix(prefix)?.parse().ok()
+}
+
+/// The session of a listed entry of the catalogue.
+pub fn parse_catalogued(key: &str) -> Option<SnapshotId> {
+    key.strip_prefix(RUNS)?.split('/').nth(2)?.parse().ok()
 }
 
 /// The part of a listed key after `prefix`, as an id.

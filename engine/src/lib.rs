@@ -17,12 +17,14 @@
 //! progress, cancellation and limits. docs/format.md defines every byte, docs/protocol.md the order of writes.
 
 pub mod chunker;
+pub mod clone;
 pub mod collect;
 pub mod context;
 pub mod diff;
 pub mod error;
 pub mod fetch;
 pub mod format;
+mod graves;
 pub mod id;
 pub mod index;
 pub mod key;
@@ -30,6 +32,7 @@ pub mod name;
 pub mod progress;
 pub mod publish;
 pub mod record;
+mod relocation;
 pub mod repository;
 pub mod restore;
 pub mod scan;
@@ -42,6 +45,7 @@ pub mod tree;
 pub mod url;
 pub mod usage;
 pub mod verify;
+mod workers;
 
 pub use context::Context;
 pub use error::{Error, ErrorKind, Result};

@@ -110,11 +110,42 @@ pub enum Decision {
         /// The snapshot.
         snapshot: Box<SnapshotRecord>,
     },
+    /// The session copied what was needed of some packs, which may go.
+    Compaction {
+        /// Tells this write from any other.
+        stamp: Stamp,
+        /// What is where now.
+        moves: Vec<Move>,
+    },
     /// A collector gave up on the session. Its packs are garbage, for ever.
     Abort {
         /// Tells this write from any other.
         stamp: Stamp,
     },
+}
+
+/// A pack whose needed pieces were copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Move {
+    /// The pack.
+    pub source: PackId,
+    /// The [`Relocation`](crate::format::relocation::Relocation), in a manifest pack of the session.
+    pub table: RootRef,
+}
+
+/// A clone's pins are no longer needed (`ends/CLONE`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// Tells this write from any other.
+    pub stamp: Stamp,
+}
+
+/// Ids of which nothing is left but this (`graves/ID`): aborted sessions, purged snapshots that nobody pins, ended
+/// clones, compactions of packs that nobody needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Grave {
+    /// In ascending order.
+    pub dead: Vec<SnapshotId>,
 }
 
 /// Snapshots that an owner needs (`pins/OWNER/N`).
@@ -183,8 +214,26 @@ pub mod kind {
     pub const PIN: &str = "pin";
     /// [`super::Mark`].
     pub const MARK: &str = "mark";
+    /// [`super::End`].
+    pub const END: &str = "end";
+    /// [`super::Grave`].
+    pub const GRAVE: &str = "grave";
+    /// A hint that a pack was moved: nothing but its key counts.
+    pub const MOVE: &str = "move";
     /// [`super::CatalogueEntry`].
     pub const CATALOGUE: &str = "catalogue";
+}
+
+impl From<RootRef> for BlockRef {
+    fn from(RootRef { digest, pack, offset, len }: RootRef) -> Self {
+        Self { digest, pack, offset, len }
+    }
+}
+
+impl From<BlockRef> for RootRef {
+    fn from(BlockRef { digest, pack, offset, len }: BlockRef) -> Self {
+        Self { digest, pack, offset, len }
+    }
 }
 
 impl VolumeRecord {
@@ -192,9 +241,7 @@ impl VolumeRecord {
     pub fn new(name: Name, len_bytes: u64, data_bytes: u64, root: Child) -> Self {
         let root = match root {
             Child::Zero => None,
-            Child::Block(BlockRef { digest, pack, offset, len }) => {
-                Some(RootRef { digest, pack, offset, len })
-            }
+            Child::Block(block) => Some(block.into()),
         };
         let content = content_digest(len_bytes, root.as_ref());
         Self { name, len_bytes, data_bytes, content, root }
@@ -203,9 +250,7 @@ impl VolumeRecord {
     /// The root as a child, with the level of its node.
     pub fn root(&self) -> (Child, u8) {
         let level = node::root_level(format::segments(self.len_bytes));
-        let child = self.root.map_or(Child::Zero, |RootRef { digest, pack, offset, len }| {
-            Child::Block(BlockRef { digest, pack, offset, len })
-        });
+        let child = self.root.map_or(Child::Zero, |root| Child::Block(root.into()));
         (child, level)
     }
 

@@ -11,12 +11,14 @@ use crate::chunker::Chunking;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::envelope;
+use crate::graves::GraveCache;
 use crate::id::SnapshotId;
 use crate::key::{self, Key};
 use crate::name::Name;
 use crate::publish::{Published, publish};
 use crate::record::{CatalogueEntry, Config, Decision, Mark, MarkKind, SnapshotRecord, kind};
-use crate::store::{Store, list_all};
+use crate::relocation::RelocationCache;
+use crate::store::{Store, list_all, list_each};
 use crate::url::{Item, Selector, SnapshotRef};
 
 /// Requests in flight while many small objects are read.
@@ -27,6 +29,8 @@ pub(crate) const READS: usize = 32;
 pub struct Repository {
     store: Arc<dyn Store>,
     config: Arc<Config>,
+    relocations: Arc<RelocationCache>,
+    graves: Arc<GraveCache>,
 }
 
 /// What the marks of a snapshot say, and when they said it.
@@ -70,9 +74,9 @@ impl Repository {
             Err(error) if error.cause == crate::store::StoreErrorCause::NoContainer => {}
             Err(error) => return Err(error.into()),
         }
-        let body = seal(kind::CONFIG, &config)?;
+        let body = envelope::seal(kind::CONFIG, &config).map_err(not_json)?;
         match publish(&*store, &Key::config(), body).await? {
-            Published::Ours => Ok(Self { store, config: Arc::new(config) }),
+            Published::Ours => Ok(Self::new(store, config)),
             Published::Theirs(_) => Err(not_empty("already holds a repository")),
         }
     }
@@ -80,7 +84,7 @@ impl Repository {
     /// Opens a repository.
     pub async fn open(store: Arc<dyn Store>) -> Result<Self> {
         let config: Config = match store.get(&Key::config()).await {
-            Ok(body) => unseal(kind::CONFIG, &Key::config(), &body)?,
+            Ok(body) => envelope::unseal(kind::CONFIG, &body).map_err(|e| e.of(Key::config()))?,
             Err(error) if error.is_not_found() => {
                 return Err(Error::NotARepository { location: store.location() });
             }
@@ -90,7 +94,24 @@ impl Repository {
             object: Key::config().to_string(),
             detail: error.to_string(),
         })?;
-        Ok(Self { store, config: Arc::new(config) })
+        Ok(Self::new(store, config))
+    }
+
+    fn new(store: Arc<dyn Store>, config: Config) -> Self {
+        Self {
+            store,
+            config: Arc::new(config),
+            relocations: Arc::default(),
+            graves: Arc::default(),
+        }
+    }
+
+    pub(crate) fn grave_cache(&self) -> &GraveCache {
+        &self.graves
+    }
+
+    pub(crate) fn relocation_cache(&self) -> &RelocationCache {
+        &self.relocations
     }
 
     /// The repository's URL.
@@ -106,6 +127,31 @@ impl Repository {
     /// Where its objects are.
     pub fn store(&self) -> &dyn Store {
         &*self.store
+    }
+
+    /// Wraps the JSON object that will be stored under `key`.
+    pub(crate) fn seal<T: Serialize>(
+        &self,
+        kind: &str,
+        _key: &Key,
+        value: &T,
+    ) -> Result<bytes::Bytes> {
+        envelope::seal(kind, value).map_err(not_json)
+    }
+
+    /// Checks and unwraps the JSON object that is stored under `key`.
+    pub(crate) fn unseal<T: serde::de::DeserializeOwned>(
+        &self,
+        kind: &str,
+        key: &Key,
+        body: &[u8],
+    ) -> Result<T> {
+        envelope::unseal(kind, body).map_err(|error| error.of(key))
+    }
+
+    /// A mark to publish under `key`.
+    pub(crate) fn mark(&self, key: &Key, mark: MarkKind, ctx: &Context) -> Result<bytes::Bytes> {
+        self.seal(kind::MARK, key, &Mark { stamp: stamp(ctx), mark, at: timestamp(ctx) })
     }
 
     pub(crate) fn shared_store(&self) -> Arc<dyn Store> {
@@ -167,7 +213,8 @@ impl Repository {
     async fn by_id(&self, id: SnapshotId, run: Option<(&Name, &Name)>) -> Result<SnapshotRecord> {
         let record = self.committed(id).await?.ok_or_else(|| self.unknown_snapshot(id))?;
         let elsewhere = run.is_some_and(|(e, r)| (e, r) != (&record.experiment, &record.run));
-        if elsewhere || self.is_deleted(id).await? {
+        let dead = self.is_deleted(id).await? || self.graves().await?.contains(id);
+        if elsewhere || dead {
             return Err(self.unknown_snapshot(id));
         }
         Ok(record)
@@ -264,36 +311,47 @@ impl Repository {
             Some(_) => return Ok(()),
         };
         // If someone else's mark is there first, it is a Delete as well: odd marks are nothing else.
-        publish(&*self.store, &Key::mark(id, k), mark(MarkKind::Delete, ctx)?).await?;
+        let key = Key::mark(id, k);
+        publish(&*self.store, &key, self.mark(&key, MarkKind::Delete, ctx)?).await?;
         Ok(())
     }
 
     /// What each marked snapshot's last mark says.
     pub async fn marks(&self) -> Result<BTreeMap<SnapshotId, MarkState>> {
         let mut last = BTreeMap::new();
-        for entry in list_all(&*self.store, key::MARKS).await? {
+        list_each(&*self.store, key::MARKS, |entry| {
             if let Some(mark) = key::parse_numbered(&entry.key, key::MARKS) {
                 last.insert(mark.session, mark.number);
             }
-        }
-        let read = last
-            .into_iter()
-            .map(|(id, k)| async move { Ok::<_, Error>((id, self.read_mark(id, k).await?)) });
-        stream::iter(read).buffer_unordered(READS).try_collect().await
+        })
+        .await?;
+        let read = last.into_iter().map(|(id, k)| async move {
+            Ok::<_, Error>(self.read_mark(id, k).await?.map(|state| (id, state)))
+        });
+        let read = stream::iter(read).buffer_unordered(READS);
+        read.try_filter_map(|mark| async move { Ok(mark) }).try_collect().await
     }
 
-    async fn read_mark(&self, id: SnapshotId, k: u32) -> Result<MarkState> {
+    /// A mark; None when it is gone, which it is only after the snapshot was buried.
+    async fn read_mark(&self, id: SnapshotId, k: u32) -> Result<Option<MarkState>> {
         let key = Key::mark(id, k);
-        let mark: Mark = unseal(kind::MARK, &key, &self.store.get(&key).await?)?;
-        Ok(MarkState { k, mark: mark.mark, at: mark.at })
+        let body = match self.store.get(&key).await {
+            Ok(body) => body,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let mark: Mark = self.unseal(kind::MARK, &key, &body)?;
+        Ok(Some(MarkState { k, mark: mark.mark, at: mark.at }))
     }
 
     async fn last_mark(&self, id: SnapshotId) -> Result<Option<MarkState>> {
-        let entries = list_all(&*self.store, &format!("{}{id}/", key::MARKS)).await?;
-        let numbers =
-            entries.iter().filter_map(|entry| key::parse_numbered(&entry.key, key::MARKS));
-        match numbers.map(|mark| mark.number).max() {
-            Some(k) => self.read_mark(id, k).await.map(Some),
+        let mut last = None;
+        list_each(&*self.store, &format!("{}{id}/", key::MARKS), |entry| {
+            last = key::parse_numbered(&entry.key, key::MARKS).map(|mark| mark.number).max(last);
+        })
+        .await?;
+        match last {
+            Some(k) => self.read_mark(id, k).await,
             None => Ok(None),
         }
     }
@@ -303,10 +361,24 @@ impl Repository {
         Ok(last.is_some_and(|state| state.mark != MarkKind::Undelete))
     }
 
-    /// True when the data of a snapshot may be gone: a Purge mark is there. It is always the last one.
+    /// True when the data of a snapshot may be gone: a Purge mark is there, which is always the last one, or was
+    /// removed with all else of the snapshot.
     pub(crate) async fn is_purged(&self, id: SnapshotId) -> Result<bool> {
-        let last = self.last_mark(id).await?;
-        Ok(last.is_some_and(|state| state.mark == MarkKind::Purge))
+        Ok(self.unpurged(&[id]).await?.is_empty())
+    }
+
+    /// Those of some snapshots that are not purged.
+    pub(crate) async fn unpurged(&self, snapshots: &[SnapshotId]) -> Result<Vec<SnapshotId>> {
+        let mut unpurged = Vec::with_capacity(snapshots.len());
+        for id in snapshots {
+            if self.last_mark(*id).await?.is_none_or(|state| state.mark != MarkKind::Purge) {
+                unpurged.push(*id);
+            }
+        }
+        // The graves come last: a mark that was gone already is in one.
+        let graves = self.graves().await?;
+        unpurged.retain(|id| !graves.contains(*id));
+        Ok(unpurged)
     }
 
     /// What was decided about a session; None while it is undecided.
@@ -317,7 +389,7 @@ impl Repository {
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let decision: Decision = unseal(kind::DECISION, &key, &body)?;
+        let decision: Decision = self.unseal(kind::DECISION, &key, &body)?;
         if let Decision::Commit { snapshot, .. } = &decision {
             snapshot.validate().map_err(|error| error.of(&key))?;
             if snapshot.id != session {
@@ -331,7 +403,7 @@ impl Repository {
     pub(crate) async fn committed(&self, session: SnapshotId) -> Result<Option<SnapshotRecord>> {
         Ok(match self.decision(session).await? {
             Some(Decision::Commit { snapshot, .. }) => Some(*snapshot),
-            Some(Decision::Abort { .. }) | None => None,
+            Some(Decision::Abort { .. } | Decision::Compaction { .. }) | None => None,
         })
     }
 
@@ -360,7 +432,10 @@ impl Repository {
         let marks = self.marks().await?;
         let gone =
             |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark != MarkKind::Undelete);
-        listed.retain(|entry| decided.contains(&entry.session) && !gone(&entry.session));
+        let graves = self.graves().await?;
+        listed.retain(|Listed { session, .. }| {
+            decided.contains(session) && !gone(session) && !graves.contains(*session)
+        });
         Ok(listed)
     }
 
@@ -426,7 +501,7 @@ impl Repository {
                 Some(name) => name,
                 None => {
                     let body = self.store.get(&entry.key).await?;
-                    full(unseal(kind::CATALOGUE, &entry.key, &body)?)
+                    full(self.unseal(kind::CATALOGUE, &entry.key, &body)?)
                 }
             };
             names.insert(name);
@@ -457,21 +532,6 @@ pub(crate) fn stamp(ctx: &Context) -> String {
     format!("{:032x}", ctx.host.random())
 }
 
-/// A mark to publish.
-pub(crate) fn mark(mark: MarkKind, ctx: &Context) -> Result<bytes::Bytes> {
-    seal(kind::MARK, &Mark { stamp: stamp(ctx), mark, at: timestamp(ctx) })
-}
-
-/// Wraps a JSON object.
-pub(crate) fn seal<T: Serialize>(kind: &str, value: &T) -> Result<bytes::Bytes> {
-    envelope::seal(kind, value).map_err(|_| Error::Internal("a record can't be written as JSON"))
-}
-
-/// Checks and unwraps a JSON object.
-pub(crate) fn unseal<T: serde::de::DeserializeOwned>(
-    kind: &str,
-    key: &Key,
-    body: &[u8],
-) -> Result<T> {
-    envelope::unseal(kind, body).map_err(|error| error.of(key))
+fn not_json(_: serde_json::Error) -> Error {
+    Error::Internal("a record can't be written as JSON")
 }

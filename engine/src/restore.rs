@@ -8,12 +8,11 @@
 //!   workers     decompress, verify every chunk, write           (rayon)
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::{StreamExt, stream};
-use rayon::ThreadPool;
 use serde::Serialize;
 
 use crate::context::Context;
@@ -22,14 +21,16 @@ use crate::fetch::{Request, Span, coalesce};
 use crate::format::frame::{self, FrameLocation};
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::Child;
-use crate::id::ChunkId;
+use crate::id::{ChunkId, PackId};
 use crate::key::Key;
 use crate::progress::Event;
 use crate::record::VolumeRecord;
+use crate::relocation;
 use crate::repository::Repository;
 use crate::scan::is_zero;
 use crate::target::{FileTarget, Sink};
 use crate::tree::{self, SegmentLeaf};
+use crate::workers::Workers;
 
 /// Requests of at most [`crate::fetch::MAX_REQUEST`] bytes in memory at one time.
 const REQUESTS_IN_FLIGHT: usize = 8;
@@ -104,11 +105,10 @@ pub async fn restore(
         }
         work.write(leaves).await?;
     }
+    let workers = work.workers.clone();
     let report = work.finish()?;
     let mut target = Arc::into_inner(target).ok_or(Error::Internal("a restore worker is left"))?;
-    tokio::task::spawn_blocking(move || target.finish())
-        .await
-        .map_err(|_| Error::Internal("syncing panicked"))??;
+    workers.block(move || target.finish()).await??;
     Ok(report)
 }
 
@@ -131,12 +131,11 @@ pub async fn stream(
             (out, written) = {
                 let segment = segment.clone();
                 let mut out = out;
-                tokio::task::spawn_blocking(move || {
+                let drain = move || {
                     let result = segment.drain_to(&mut *out);
                     (out, result)
-                })
-                .await
-                .map_err(|_| Error::Internal("writing the stream panicked"))?
+                };
+                work.workers.block(drain).await?
             };
             written.map_err(Error::io("write", "standard output"))?;
         }
@@ -200,7 +199,7 @@ pub(crate) struct Restore<'a> {
     sink: Arc<dyn Sink>,
     keep_going: bool,
     ctx: &'a Context,
-    pool: Arc<ThreadPool>,
+    workers: Workers,
     segments: Vec<Child>,
     report: RestoreReport,
     started_ms: u64,
@@ -215,8 +214,8 @@ impl<'a> Restore<'a> {
         ctx: &'a Context,
     ) -> Result<Self> {
         let started_ms = ctx.host.unix_ms();
-        let pool = worker_pool(ctx)?;
-        let segments = tree::segments(repo.store(), volume, ctx).await?;
+        let workers = Workers::start(ctx)?;
+        let segments = tree::segments(repo, volume, ctx).await?;
         ctx.progress.event(Event::Planned { bytes: volume.data_bytes });
         let report = RestoreReport { len_bytes: volume.len_bytes, ..RestoreReport::default() };
         let mut work = Self {
@@ -225,7 +224,7 @@ impl<'a> Restore<'a> {
             sink,
             keep_going,
             ctx,
-            pool,
+            workers,
             segments: segments.leaves,
             report,
             started_ms,
@@ -245,7 +244,7 @@ impl<'a> Restore<'a> {
         &self,
         batch: Vec<(usize, Child)>,
     ) -> Result<Vec<(usize, SegmentLeaf)>> {
-        tree::leaves(self.repo.store(), self.volume.len_bytes, batch, self.ctx).await
+        tree::leaves(self.repo, self.volume.len_bytes, batch, self.ctx).await
     }
 
     /// Notes damage, or fails with it unless the restore keeps going.
@@ -286,9 +285,9 @@ impl<'a> Restore<'a> {
             let (target, ctx) = (target.clone(), ctx.clone());
             let unreadable =
                 matches!(self.segments.get(number), Some(Child::Zero)) && self.is_lost(number);
-            let pool = self.pool.clone();
+            let workers = self.workers.clone();
             async move {
-                on_pool(&pool, &ctx, move || {
+                let prepare = move || {
                     let Ok(leaf) = leaf else { return Ok((number, leaf)) };
                     if unreadable {
                         return Ok((number, Ok(None)));
@@ -296,8 +295,8 @@ impl<'a> Restore<'a> {
                     let range = tree::segment_range(len_bytes, number);
                     let leaf = prepare_segment(&target, range, leaf, compare)?;
                     Ok((number, Ok(leaf)))
-                })
-                .await
+                };
+                workers.run(&ctx, prepare).await
             }
         });
         let mut jobs = stream::iter(jobs).buffered(self.ctx.limits.threads.max(1));
@@ -339,40 +338,12 @@ impl<'a> Restore<'a> {
                 Err(error) => self.damage(error, vec![range])?,
             }
         }
-        let spans = frames.into_iter().map(|plan| Span {
-            pack: plan.0.pack,
-            offset: plan.0.offset,
-            len: plan.0.stored_len,
-            tag: plan,
-        });
-        let (store, sink) = (self.repo.shared_store(), self.sink.clone());
-        let (pool, ctx) = (self.pool.clone(), self.stoppable());
+        let ctx = self.stoppable();
         let stop = ctx.cancel.clone();
-        let requests = coalesce(spans.collect()).into_iter().map(|request| {
-            let (store, sink) = (store.clone(), sink.clone());
-            let (pool, ctx) = (pool.clone(), ctx.clone());
-            async move {
-                let fetched = tokio::select! {
-                    fetched = request.fetch(&*store, &ctx) => fetched,
-                    () = ctx.cancel.cancelled() => Err(Error::Cancelled),
-                };
-                match fetched {
-                    Ok(fetched) => {
-                        let progress = ctx.clone();
-                        on_pool(&pool, &ctx, move || {
-                            write_request(&request, &fetched, &*sink, &progress)
-                        })
-                        .await
-                    }
-                    Err(error) if error.is_damage() => {
-                        let ranges =
-                            request.spans.iter().flat_map(|span| ranges(&span.tag)).collect();
-                        Ok(Outcome { damaged: vec![(error, ranges)], ..Outcome::default() })
-                    }
-                    Err(error) => Err(error),
-                }
-            }
-        });
+        let (repo, sink, workers) = (self.repo.clone(), self.sink.clone(), self.workers.clone());
+        let job = Job { repo, sink, workers, ctx };
+        let frames = frames.into_iter().collect();
+        let requests = coalesce(spans(frames)).into_iter().map(|request| job.run(request));
         let mut outcomes = stream::iter(requests).buffer_unordered(REQUESTS_IN_FLIGHT);
         let mut result = Ok(());
         while let Some(outcome) = outcomes.next().await {
@@ -386,7 +357,7 @@ impl<'a> Restore<'a> {
     }
 
     fn note(&mut self, outcome: Outcome) -> Result<()> {
-        self.report.gets += 1;
+        self.report.gets += outcome.gets;
         self.report.fetched_bytes += outcome.fetched_bytes;
         self.report.written_bytes += outcome.written_bytes;
         outcome.damaged.into_iter().try_for_each(|(error, ranges)| self.damage(error, ranges))
@@ -404,30 +375,87 @@ impl<'a> Restore<'a> {
     }
 }
 
-/// Threads for the CPU part of a restore or verification.
-pub(crate) fn worker_pool(ctx: &Context) -> Result<Arc<ThreadPool>> {
-    let pool = rayon::ThreadPoolBuilder::new()
-        .num_threads(ctx.limits.threads.max(1))
-        .thread_name(|n| format!("petra-worker-{n}"))
-        // Whoever waits for the work learns of it; without a handler the process would end.
-        .panic_handler(|_| {})
-        .build();
-    pool.map(Arc::new).map_err(|_| Error::Internal("no worker threads can be started"))
+/// What fetching and writing needs.
+struct Job {
+    repo: Repository,
+    sink: Arc<dyn Sink>,
+    workers: Workers,
+    ctx: Context,
 }
 
-/// Runs CPU work on the pool without blocking the async runtime.
-pub(crate) async fn on_pool<T: Send + 'static>(
-    pool: &ThreadPool,
-    ctx: &Context,
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    ctx.check()?;
-    let (reply, result) = tokio::sync::oneshot::channel();
-    pool.spawn(move || {
-        // A receiver that is gone was cancelled and needs no answer.
-        let _ = reply.send(work());
-    });
-    result.await.map_err(|_| Error::Internal("a worker panicked"))?
+impl Job {
+    /// Fetches, verifies and writes all that one request is for; where its pack was moved, from the new place.
+    async fn run(&self, request: Request<FramePlan>) -> Result<Outcome> {
+        let mut outcome = Outcome::default();
+        let mut work = vec![(request, 0)];
+        while let Some((request, moves)) = work.pop() {
+            let fetched = tokio::select! {
+                biased;
+                () = self.ctx.cancel.cancelled() => Err(Error::Cancelled),
+                fetched = request.fetch(&self.repo, &self.ctx) => fetched,
+            };
+            match fetched {
+                Ok(fetched) => {
+                    let (sink, ctx) = (self.sink.clone(), self.ctx.clone());
+                    let write = move || write_request(&request, &fetched, &*sink, &ctx);
+                    outcome.add(self.workers.run(&self.ctx, write).await?);
+                }
+                Err(Error::Missing { .. }) if moves < relocation::MAX_MOVES => {
+                    let moved = self.moved(request, &mut outcome).await?;
+                    work.extend(moved.into_iter().map(|request| (request, moves + 1)));
+                }
+                Err(error) if error.is_damage() => outcome.add(Outcome::lost(error, &request)),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Requests for the places to which compactions copied what a request is for.
+    async fn moved(
+        &self,
+        request: Request<FramePlan>,
+        outcome: &mut Outcome,
+    ) -> Result<Vec<Request<FramePlan>>> {
+        let copies = match self.repo.relocations(request.pack).await {
+            Ok(copies) => copies,
+            Err(error) if error.is_damage() => {
+                outcome.add(Outcome::lost(error, &request));
+                return Ok(vec![]);
+            }
+            Err(error) => return Err(error),
+        };
+        let mut moved: BTreeMap<(PackId, u32), FramePlan> = BTreeMap::new();
+        for span in &request.spans {
+            for placement in &span.tag.1 {
+                let at = (span.offset, placement.offset, placement.len);
+                match copies.iter().find_map(|copy| copy.to.chunk(at.0, at.1, at.2)) {
+                    Some((frame, offset)) => {
+                        let plan =
+                            moved.entry((frame.pack, frame.offset)).or_insert((frame, vec![]));
+                        plan.1.push(Placement { offset, ..*placement });
+                    }
+                    None => {
+                        let object = Key::pack(request.pack).to_string();
+                        let needed_by = "a committed snapshot".to_owned();
+                        let error = Error::Missing { object, needed_by };
+                        outcome.damaged.push((error, vec![placement.range()]));
+                    }
+                }
+            }
+        }
+        Ok(coalesce(spans(moved.into_values().collect())))
+    }
+}
+
+fn spans(plans: Vec<FramePlan>) -> Vec<Span<FramePlan>> {
+    let span = |plan: FramePlan| Span {
+        pack: plan.0.pack,
+        offset: plan.0.offset,
+        len: plan.0.stored_len,
+        tag: plan,
+    };
+    plans.into_iter().map(span).collect()
 }
 
 fn plan(leaf: &Leaf, start: u64, frames: &mut HashMap<FrameLocation, Vec<Placement>>) {
@@ -469,7 +497,23 @@ fn describe(ranges: &[ByteRange]) -> String {
 struct Outcome {
     fetched_bytes: u64,
     written_bytes: u64,
+    gets: u64,
     damaged: Vec<(Error, Vec<Range<u64>>)>,
+}
+
+impl Outcome {
+    /// Nothing came of a request.
+    fn lost(error: Error, request: &Request<FramePlan>) -> Self {
+        let ranges = request.spans.iter().flat_map(|span| ranges(&span.tag)).collect();
+        Self { gets: 1, damaged: vec![(error, ranges)], ..Self::default() }
+    }
+
+    fn add(&mut self, other: Self) {
+        self.fetched_bytes += other.fetched_bytes;
+        self.written_bytes += other.written_bytes;
+        self.gets += other.gets;
+        self.damaged.extend(other.damaged);
+    }
 }
 
 /// Decompresses, verifies and writes all that one request brought.
@@ -479,7 +523,7 @@ fn write_request(
     sink: &dyn Sink,
     ctx: &Context,
 ) -> Result<Outcome> {
-    let mut outcome = Outcome { fetched_bytes: fetched.len_bytes(), ..Outcome::default() };
+    let mut outcome = Outcome { fetched_bytes: fetched.len_bytes(), gets: 1, ..Outcome::default() };
     let mut raw = Vec::new();
     for span in &request.spans {
         ctx.check()?;
@@ -577,15 +621,19 @@ fn prepare_segment(
 }
 
 fn is_zero_range(target: &FileTarget, start: u64, len: u64, buf: &mut Vec<u8>) -> Result<bool> {
-    let mut done = 0;
-    while done < len {
-        let step = (len - done).min(256 << 10);
-        buf.resize(step as usize, 0);
-        target.read_at(buf, start + done)?;
-        if !is_zero(buf) {
-            return Ok(false);
+    let (mut at, end) = (start, start + len);
+    // Most zeros of a sparse file are holes, which need no reading.
+    while let Some(data) = target.next_data(at, end)? {
+        at = data.start;
+        while at < data.end {
+            let step = (data.end - at).min(256 << 10);
+            buf.resize(step as usize, 0);
+            target.read_at(buf, at)?;
+            if !is_zero(buf) {
+                return Ok(false);
+            }
+            at += step;
         }
-        done += step;
     }
     Ok(true)
 }

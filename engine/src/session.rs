@@ -11,7 +11,7 @@ use crate::key::Key;
 use crate::name::Name;
 use crate::publish::{Published, publish};
 use crate::record::{CatalogueEntry, Decision, Pin, PinOwner, SnapshotRecord, kind};
-use crate::repository::{Repository, seal, stamp, unseal};
+use crate::repository::{Repository, stamp};
 
 /// A session that is not decided yet.
 #[derive(Debug)]
@@ -40,16 +40,12 @@ impl Session {
         }
         let (stamp, snapshots) = (stamp(ctx), witnesses.to_vec());
         let pin = Pin { stamp, owner: PinOwner::Session, snapshots };
-        repo.store().put(&Key::pin(id, 0), seal(kind::PIN, &pin)?).await?;
+        let key = Key::pin(id, 0);
+        repo.store().put(&key, repo.seal(kind::PIN, &key, &pin)?).await?;
         session.pinned = true;
         session.puts += 1;
         // Only now: a Purge that comes later finds the pin.
-        let mut valid = Vec::with_capacity(witnesses.len());
-        for witness in witnesses {
-            if !repo.is_purged(*witness).await? {
-                valid.push(*witness);
-            }
-        }
+        let valid = repo.unpurged(witnesses).await?;
         Ok((session, valid))
     }
 
@@ -67,7 +63,7 @@ impl Session {
     pub async fn enter(&mut self, experiment: &Name, run: &Name) -> Result<()> {
         let entry = CatalogueEntry { experiment: experiment.clone(), run: run.clone() };
         let key = Key::catalogue(experiment, run, self.id);
-        self.repo.store().put(&key, seal(kind::CATALOGUE, &entry)?).await?;
+        self.repo.store().put(&key, self.repo.seal(kind::CATALOGUE, &key, &entry)?).await?;
         self.entry = Some(key);
         self.puts += 1;
         Ok(())
@@ -77,16 +73,24 @@ impl Session {
     pub async fn commit(&mut self, snapshot: SnapshotRecord) -> Result<()> {
         let decision = Decision::Commit { stamp: stamp(&self.ctx), snapshot: Box::new(snapshot) };
         let key = Key::snap(self.id);
-        match publish(self.repo.store(), &key, seal(kind::DECISION, &decision)?).await? {
+        let body = self.repo.seal(kind::DECISION, &key, &decision)?;
+        match publish(self.repo.store(), &key, body).await? {
+            // An Abort that was there may have been buried; then a grave says so, and the commit does not count.
+            Published::Ours if self.repo.graves().await?.contains(self.id) => {
+                self.unpin().await;
+                return Err(Error::Lost { session: self.id });
+            }
             Published::Ours => {}
             Published::Theirs(body) => {
                 // It can only be a collector's Abort; anything else is damage and says so.
-                return match unseal(kind::DECISION, &key, &body)? {
+                return match self.repo.unseal(kind::DECISION, &key, &body)? {
                     Decision::Abort { .. } => {
                         self.unpin().await;
                         Err(Error::Lost { session: self.id })
                     }
-                    Decision::Commit { .. } => Err(Error::Internal("two writers share a session")),
+                    Decision::Commit { .. } | Decision::Compaction { .. } => {
+                        Err(Error::Internal("two writers share a session"))
+                    }
                 };
             }
         }
@@ -99,7 +103,8 @@ impl Session {
     /// collector in the end.
     pub async fn abandon(&mut self) -> Option<SnapshotRecord> {
         let key = Key::snap(self.id);
-        let body = seal(kind::DECISION, &Decision::Abort { stamp: stamp(&self.ctx) }).ok()?;
+        let abort = Decision::Abort { stamp: stamp(&self.ctx) };
+        let body = self.repo.seal(kind::DECISION, &key, &abort).ok()?;
         let mut committed = None;
         match publish(self.repo.store(), &key, body).await.ok()? {
             Published::Ours => {
@@ -109,7 +114,11 @@ impl Session {
                 }
             }
             Published::Theirs(body) => {
-                if let Ok(Decision::Commit { snapshot, .. }) = unseal(kind::DECISION, &key, &body) {
+                if let Ok(Decision::Commit { snapshot, .. }) =
+                    self.repo.unseal(kind::DECISION, &key, &body)
+                    // As in `commit`.
+                    && self.repo.graves().await.is_ok_and(|graves| !graves.contains(self.id))
+                {
                     committed = Some(*snapshot);
                 }
             }

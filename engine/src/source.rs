@@ -82,6 +82,25 @@ impl FileSource {
     }
 }
 
+/// The first range of a file at or after `from` that may hold data, up to `end`. [`Errno::NXIO`] when the file became
+/// shorter meanwhile.
+pub(crate) fn next_data(file: &File, from: u64, end: u64) -> Result<Option<Range<u64>>, Errno> {
+    if from >= end {
+        return Ok(None);
+    }
+    let start = match seek(file, SeekFrom::Data(from)) {
+        Ok(start) => start,
+        Err(Errno::NXIO) => return Ok(None),
+        // Devices and some file systems know no holes: all is data.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(from..end)),
+        Err(error) => return Err(error),
+    };
+    if start >= end {
+        return Ok(None);
+    }
+    Ok(Some(start..seek(file, SeekFrom::Hole(start))?.min(end)))
+}
+
 fn version(metadata: &std::fs::Metadata) -> (u64, i64, i64) {
     (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
@@ -106,25 +125,11 @@ impl Source for FileSource {
     }
 
     fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
-        if from >= self.len_bytes {
-            return Ok(None);
+        match next_data(&self.file, from, self.len_bytes) {
+            Ok(data) => Ok(data),
+            Err(Errno::NXIO) => Err(self.changed("it became shorter")),
+            Err(error) => Err(Error::io("find data in", &self.path)(error.into())),
         }
-        let start = match seek(&self.file, SeekFrom::Data(from)) {
-            Ok(start) => start,
-            Err(Errno::NXIO) => return Ok(None),
-            // Devices and some file systems know no holes: all is data.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some(from..self.len_bytes)),
-            Err(error) => return Err(Error::io("find data in", &self.path)(error.into())),
-        };
-        if start >= self.len_bytes {
-            return Ok(None);
-        }
-        let end = match seek(&self.file, SeekFrom::Hole(start)) {
-            Ok(end) => end,
-            Err(Errno::NXIO) => return Err(self.changed("it became shorter")),
-            Err(error) => return Err(Error::io("find data in", &self.path)(error.into())),
-        };
-        Ok(Some(start..end.min(self.len_bytes)))
     }
 
     fn will_read(&self, range: Range<u64>) {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,6 +13,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::source::next_data;
 
 /// Takes the bytes of a volume, in any order, from worker threads.
 pub trait Sink: Send + Sync + fmt::Debug {
@@ -112,6 +114,12 @@ impl FileTarget {
     /// Fills `buf` from `offset`.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.file.read_exact_at(buf, offset).map_err(Error::io("read", &self.path))
+    }
+
+    /// The first range at or after `from` that may hold data, up to `end`; all before it reads as zeros.
+    pub fn next_data(&self, from: u64, end: u64) -> Result<Option<Range<u64>>> {
+        next_data(&self.file, from, end)
+            .map_err(|e| Error::io("find data in", &self.path)(e.into()))
     }
 
     /// Makes a range read as zeros, freeing its space where the target can.

@@ -4,6 +4,7 @@
 //! record -> root node -> ... -> node of level 1 -> leaf -> chunks of one segment
 //! ```
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use futures::{StreamExt, stream};
@@ -18,7 +19,8 @@ use crate::format::{self, SEGMENT_BYTES};
 use crate::id::Digest;
 use crate::key::Key;
 use crate::record::VolumeRecord;
-use crate::store::Store;
+use crate::relocation;
+use crate::repository::Repository;
 
 /// A part of a volume that can't be read: which bytes of it, and why.
 #[derive(Debug)]
@@ -41,7 +43,7 @@ pub struct Segments {
 }
 
 /// Reads the nodes of a volume. Damage is collected in the result; other errors end the call.
-pub async fn segments(store: &dyn Store, volume: &VolumeRecord, ctx: &Context) -> Result<Segments> {
+pub async fn segments(repo: &Repository, volume: &VolumeRecord, ctx: &Context) -> Result<Segments> {
     let (root, mut level) = volume.root();
     let mut found = Segments::default();
     let mut children = vec![root];
@@ -56,7 +58,7 @@ pub async fn segments(store: &dyn Store, volume: &VolumeRecord, ctx: &Context) -
             match child {
                 Child::Zero => (n, Ok(vec![Child::Zero; count])),
                 Child::Block(block) => {
-                    let node = read_node(store, &block, level, count, ctx).await;
+                    let node = read_node(repo, &block, level, count, ctx).await;
                     (n, node.map(|node| node.children))
                 }
             }
@@ -89,14 +91,14 @@ pub async fn segments(store: &dyn Store, volume: &VolumeRecord, ctx: &Context) -
 }
 
 async fn read_node(
-    store: &dyn Store,
+    repo: &Repository,
     block: &BlockRef,
     level: u8,
     children: usize,
     ctx: &Context,
 ) -> Result<Node> {
     ctx.check()?;
-    let bytes = read_block(store, block).await?;
+    let bytes = read_block(repo, block).await?;
     Node::decode(&bytes, level, children, block.digest).map_err(|error| error.of(describe(block)))
 }
 
@@ -107,8 +109,8 @@ pub fn segment_range(volume_len: u64, segment: usize) -> Range<u64> {
 }
 
 /// Reads one leaf.
-pub async fn read_leaf(store: &dyn Store, block: &BlockRef, segment_bytes: u64) -> Result<Leaf> {
-    let bytes = read_block(store, block).await?;
+pub async fn read_leaf(repo: &Repository, block: &BlockRef, segment_bytes: u64) -> Result<Leaf> {
+    let bytes = read_block(repo, block).await?;
     decode_leaf(&bytes, block, segment_bytes)
 }
 
@@ -117,14 +119,24 @@ pub fn decode_leaf(bytes: &[u8], block: &BlockRef, segment_bytes: u64) -> Result
     Leaf::decode(bytes, segment_bytes, block.digest).map_err(|error| error.of(describe(block)))
 }
 
-async fn read_block(store: &dyn Store, block: &BlockRef) -> Result<bytes::Bytes> {
-    let start = u64::from(block.offset);
-    let range = start..start + u64::from(block.len);
-    match store.get_range(&Key::pack(block.pack), range).await {
-        Ok(bytes) => Ok(bytes),
-        Err(error) if error.is_not_found() => Err(missing(block)),
-        Err(error) => Err(error.into()),
+/// Reads a block, wherever compactions moved it.
+pub(crate) async fn read_block(repo: &Repository, block: &BlockRef) -> Result<bytes::Bytes> {
+    let mut places = vec![*block];
+    let mut tried = BTreeSet::new();
+    while let Some(place) = places.pop() {
+        let start = u64::from(place.offset);
+        let range = start..start + u64::from(place.len);
+        match repo.store().get_range(&Key::pack(place.pack), range).await {
+            Ok(bytes) => return Ok(bytes),
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error.into()),
+        }
+        // Of several copies one is enough. A damaged repository may point in circles.
+        if tried.insert(place.pack) {
+            places.extend(repo.relocated_block(&place).await?);
+        }
     }
+    Err(missing(block))
 }
 
 /// How messages name a block.
@@ -141,7 +153,7 @@ pub type SegmentLeaf = Result<Option<Leaf>>;
 /// Reads the leaves of some segments with few requests, in the order given. Damage is in the items; other
 /// errors end the call.
 pub async fn leaves(
-    store: &dyn Store,
+    repo: &Repository,
     volume_len: u64,
     children: Vec<(usize, Child)>,
     ctx: &Context,
@@ -155,31 +167,47 @@ pub async fn leaves(
             tag: (position, *block),
         }),
     });
-    let requests = coalesce(spans.collect());
-    let fetched: Vec<_> = stream::iter(requests)
-        .map(|request| async move { (request.fetch(store, ctx).await, request) })
-        .buffered(ctx.limits.requests)
-        .collect()
-        .await;
     let mut leaves: Vec<(usize, SegmentLeaf)> =
         children.iter().map(|(segment, _)| (*segment, Ok(None))).collect();
-    for (fetched, request) in fetched {
-        if let Err(error) = &fetched
-            && !error.is_damage()
-        {
-            return Err(fetched.err().unwrap_or(Error::Cancelled));
-        }
-        for span in &request.spans {
-            let (position, block) = &span.tag;
-            let Some((segment, slot)) = leaves.get_mut(*position) else { continue };
-            let range = segment_range(volume_len, *segment);
-            *slot = match &fetched {
-                Ok(fetched) => fetched
-                    .span(span)
-                    .and_then(|bytes| decode_leaf(bytes, block, range.end - range.start))
-                    .map(Some),
-                Err(_) => Err(missing(block)),
+    let mut wanted: Vec<Span<(usize, BlockRef)>> = spans.collect();
+    for moves in 0..=relocation::MAX_MOVES {
+        let fetched: Vec<_> = stream::iter(coalesce(std::mem::take(&mut wanted)))
+            .map(|request| async move { (request.fetch(repo, ctx).await, request) })
+            .buffered(ctx.limits.requests)
+            .collect()
+            .await;
+        for (fetched, request) in fetched {
+            let fetched = match fetched {
+                Ok(fetched) => Some(fetched),
+                Err(error) if error.is_damage() => None,
+                Err(error) => return Err(error),
             };
+            for span in &request.spans {
+                let (position, block) = &span.tag;
+                let Some((segment, slot)) = leaves.get_mut(*position) else { continue };
+                let range = segment_range(volume_len, *segment);
+                if let Some(fetched) = &fetched {
+                    let bytes = fetched.span(span);
+                    *slot = bytes
+                        .and_then(|bytes| decode_leaf(bytes, block, range.end - range.start))
+                        .map(Some);
+                    continue;
+                }
+                // The pack is gone. A compaction may have copied the leaf.
+                let place = BlockRef { pack: span.pack, offset: span.offset, ..*block };
+                let moved = repo.relocated_block(&place).await;
+                match moved.map(|moved| moved.into_iter().next()) {
+                    Ok(Some(BlockRef { pack, offset, .. })) if moves < relocation::MAX_MOVES => {
+                        wanted.push(Span { pack, offset, ..*span });
+                    }
+                    Ok(_) => *slot = Err(missing(block)),
+                    Err(error) if error.is_damage() => *slot = Err(error),
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        if wanted.is_empty() {
+            break;
         }
     }
     Ok(leaves)

@@ -1,6 +1,6 @@
 //! What experiments, runs and snapshots hold: how much is theirs alone.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use serde::Serialize;
 
@@ -10,6 +10,7 @@ use crate::format::node::Child;
 use crate::id::{PackId, SnapshotId};
 use crate::name::Name;
 use crate::record::SnapshotRecord;
+use crate::relocation::Relocator;
 use crate::repository::Repository;
 use crate::store::list_all;
 use crate::url::Item;
@@ -68,10 +69,12 @@ pub async fn usage(repo: &Repository, scope: &Item, ctx: &Context) -> Result<Usa
     let packs = list_all(repo.store(), key::PACKS).await?;
     let records = repo.snapshots(&Item::Repository).await?;
     let (mut rows, places) = rows(&records);
+    let stored: HashSet<PackId> =
+        packs.iter().filter_map(|pack| key::parse_numbered(&pack.key, key::PACKS)).collect();
     let mut owners: HashMap<Piece, Owners> = HashMap::new();
     for (record, place) in records.iter().zip(&places) {
         let mut seen = HashSet::new();
-        for piece in pieces(repo, record, &mut seen, ctx).await? {
+        for piece in pieces(repo, record, &mut seen, &stored, ctx).await? {
             own(&mut owners, piece, *place);
         }
     }
@@ -138,32 +141,36 @@ async fn pieces(
     repo: &Repository,
     record: &SnapshotRecord,
     seen: &mut HashSet<Piece>,
+    stored: &HashSet<PackId>,
     ctx: &Context,
 ) -> Result<Vec<(Piece, u32)>> {
+    let is_there = |pack| stored.contains(&pack);
+    let mut now = Relocator { repo, is_there: &is_there, packs: BTreeSet::new() };
     let mut pieces = Vec::new();
     for volume in &record.volumes {
-        let segments = tree::segments(repo.store(), volume, ctx).await?;
+        let segments = tree::segments(repo, volume, ctx).await?;
         if let Some(unreadable) = segments.unreadable.into_iter().next() {
             return Err(unreadable.error);
         }
-        pieces.extend(segments.nodes.iter().map(|node| ((node.pack, node.offset), node.len)));
-        let numbered = segments.leaves.into_iter().enumerate();
-        let fresh: Vec<_> = numbered
-            .filter(|(_, child)| match child {
-                Child::Zero => false,
-                Child::Block(block) => {
-                    pieces.push(((block.pack, block.offset), block.len));
-                    // By place, not by content: leaves of equal content may list different frames.
-                    seen.insert((block.pack, block.offset))
-                }
-            })
-            .collect();
+        for node in segments.nodes {
+            let node = now.block(node).await?;
+            pieces.push(((node.pack, node.offset), node.len));
+        }
+        let mut fresh = Vec::new();
+        for (segment, child) in segments.leaves.into_iter().enumerate() {
+            let Child::Block(block) = child else { continue };
+            let block = now.block(block).await?;
+            pieces.push(((block.pack, block.offset), block.len));
+            // By place, not by content: leaves of equal content may list different frames.
+            if seen.insert((block.pack, block.offset)) {
+                fresh.push((segment, Child::Block(block)));
+            }
+        }
         for batch in fresh.chunks(tree::BATCH_SEGMENTS) {
             ctx.check()?;
-            for (_, leaf) in
-                tree::leaves(repo.store(), volume.len_bytes, batch.to_vec(), ctx).await?
-            {
+            for (_, leaf) in tree::leaves(repo, volume.len_bytes, batch.to_vec(), ctx).await? {
                 let Some(leaf) = leaf? else { continue };
+                let leaf = now.leaf(leaf).await?;
                 pieces.extend(leaf.frames.iter().map(|f| ((f.pack, f.offset), f.stored_len)));
             }
         }

@@ -4,7 +4,7 @@
 //! With `read_data` it also goes through the motions of restoring every segment, writing nowhere, so that each
 //! chunk is decompressed and hashed. Segments that snapshots share are checked once.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::format::block::BlockRef;
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::Child;
 use crate::format::pack::{self, TRAILER_BYTES};
@@ -20,6 +21,7 @@ use crate::id::{Digest, PackId, SnapshotId};
 use crate::key::{self, Key};
 use crate::name::Name;
 use crate::record::{SnapshotRecord, VolumeRecord};
+use crate::relocation::Relocator;
 use crate::repository::Repository;
 use crate::restore::{ByteRange, Restore, join};
 use crate::store::list_all;
@@ -141,7 +143,9 @@ impl Check<'_> {
     async fn volume(&mut self, record: &SnapshotRecord, volume: &VolumeRecord) -> Result<()> {
         let sink: Arc<dyn Sink> = Arc::new(Nowhere);
         let mut walk = Restore::begin(self.repo, volume, sink, true, self.ctx).await?;
-        self.used.extend(volume.root.iter().map(|root| root.pack));
+        if let Some(root) = volume.root {
+            self.used.extend(self.places(root.into()).await?);
+        }
         // Damage above the leaves; what comes later is below one of them.
         for damage in walk.take_damage() {
             let ranges = damage.ranges.iter().map(|r| r.start..r.end).collect();
@@ -154,7 +158,7 @@ impl Check<'_> {
                 let Child::Block(block) = child else { continue };
                 let key = (block.digest, block.pack, block.offset);
                 keys.insert(segment, key);
-                self.used.insert(block.pack);
+                self.used.extend(self.places(block).await?);
                 if !self.sound.contains(&key) && !self.broken.contains_key(&key) {
                     fresh.push((segment, child));
                 }
@@ -162,6 +166,7 @@ impl Check<'_> {
             let checked: Vec<usize> = fresh.iter().map(|(segment, _)| *segment).collect();
             let mut leaves = Vec::with_capacity(fresh.len());
             for (segment, leaf) in walk.leaves(fresh).await? {
+                let leaf = self.relocate(leaf).await?;
                 let (leaf, broken) = self.structure(leaf);
                 if let Some(key) = keys.get(&segment).filter(|_| !broken.is_empty()) {
                     self.broken.insert(*key, broken);
@@ -192,6 +197,33 @@ impl Check<'_> {
         let report = walk.finish()?;
         self.report.checked_bytes += report.written_bytes;
         Ok(())
+    }
+
+    /// The packs that hold a block: its own, or those that compactions copied it to.
+    async fn places(&self, block: BlockRef) -> Result<BTreeSet<PackId>> {
+        let is_there = |pack| self.packs.contains_key(&pack);
+        let mut now = Relocator { repo: self.repo, is_there: &is_there, packs: BTreeSet::new() };
+        // Reading it says what is wrong, if anything is.
+        match now.block(block).await {
+            Err(error) if !error.is_damage() => return Err(error),
+            _ => {}
+        }
+        now.packs.retain(|pack| self.packs.contains_key(pack));
+        Ok(now.packs)
+    }
+
+    /// A leaf with its chunks where they are now.
+    async fn relocate(&mut self, leaf: SegmentLeaf) -> Result<SegmentLeaf> {
+        let Ok(Some(leaf)) = leaf else { return Ok(leaf) };
+        let is_there = |pack| self.packs.contains_key(&pack);
+        let mut now = Relocator { repo: self.repo, is_there: &is_there, packs: BTreeSet::new() };
+        let leaf = match now.leaf(leaf).await {
+            Err(error) if !error.is_damage() => return Err(error),
+            leaf => leaf.map(Some),
+        };
+        now.packs.retain(|pack| self.packs.contains_key(pack));
+        self.used.extend(now.packs);
+        Ok(leaf)
     }
 
     /// Checks the footers of all packs that are used. No snapshot needs them; repairs do.

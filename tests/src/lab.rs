@@ -91,7 +91,7 @@ pub async fn verify_all(repo: &Repository, read_data: bool) -> Result<VerifyRepo
 
 /// A collection without any patience.
 pub fn at_once() -> CollectOptions {
-    CollectOptions { grace: Duration::ZERO, silent: Duration::ZERO, dry_run: false }
+    CollectOptions { grace: Duration::ZERO, silent: Duration::ZERO, ..CollectOptions::default() }
 }
 
 /// Collects without any patience.

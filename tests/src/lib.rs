@@ -10,4 +10,5 @@ pub mod recording;
 pub mod require;
 pub mod s3;
 pub mod scripted;
+pub mod simulated;
 pub mod volume;

@@ -161,7 +161,8 @@ impl Volume {
             let mut bytes = vec![0; (range.end - range.start) as usize];
             file.read_at(&mut bytes, range.start).expect("bytes to compare");
             let expected = self.read(range.clone());
-            if let Some(n) = bytes.iter().zip(&expected).position(|(a, b)| a != b) {
+            if bytes != expected {
+                let n = bytes.iter().zip(&expected).take_while(|(a, b)| a == b).count();
                 return Some(format!("other bytes at {}", range.start + n as u64));
             }
             at = range.end;

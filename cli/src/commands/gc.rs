@@ -22,6 +22,9 @@ pub struct Gc {
     /// After how long without a sign of life a writer is given up; its snapshot then fails
     #[arg(long, value_name = "TIME", default_value = "1d", value_parser = duration)]
     silent: Duration,
+    /// Garbage within packs may take this share of them, in percent; what is above is compacted away. 100 compacts nothing
+    #[arg(long, value_name = "PERCENT", default_value_t = 5, value_parser = clap::value_parser!(u8).range(0..=100))]
+    max_waste: u8,
     /// Only tell what would be done
     #[arg(long, short = 'n')]
     dry_run: bool,
@@ -45,8 +48,13 @@ impl Gc {
             )));
         }
         let repository = session.open(&url).await?;
-        let options =
-            CollectOptions { grace: self.grace, silent: self.silent, dry_run: self.dry_run };
+        let options = CollectOptions {
+            grace: self.grace,
+            silent: self.silent,
+            dry_run: self.dry_run,
+            max_waste_percent: (self.max_waste < 100).then_some(self.max_waste),
+            ..CollectOptions::default()
+        };
         let activity = session.activity("gc");
         let report = collect(&repository, &options, &activity.context).await.at(&url)?;
         drop(activity);
@@ -59,9 +67,13 @@ fn text(report: &CollectReport, dry_run: bool) -> String {
     let mut fields = Fields::default();
     let packs = |n, len| format!("{} in {}", bytes(len), count(n, "pack"));
     let freed = packs(report.deleted_packs, report.freed_bytes);
+    let copied = bytes(report.copied_bytes);
+    let compacted = format!("{}, {copied} written", report.compacted_packs);
     fields
         .add(if dry_run { "would free" } else { "freed" }, freed)
         .add("kept", packs(report.kept_packs, report.kept_bytes))
+        .add("garbage within", bytes(report.wasted_bytes))
+        .add("packs compacted", compacted)
         .add("snapshots purged", report.purged.to_string())
         .add("deleted, in grace", report.in_grace.to_string())
         .add("writers given up", report.aborted_sessions.to_string());

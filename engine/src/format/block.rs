@@ -4,7 +4,7 @@
 //! |---|---|
 //! | 4 | magic `PtBk` |
 //! | 1 | format version |
-//! | 1 | kind: 1 leaf, 2 node |
+//! | 1 | kind: 1 leaf, 2 node, 3 relocation |
 //! | 2 | zero |
 //! | 4 | length of the payload |
 //! | 32 | BLAKE3 of the payload |
@@ -27,6 +27,8 @@ pub enum BlockKind {
     Leaf = 1,
     /// References to leaves or nodes.
     Node = 2,
+    /// Where a compaction copied the pieces of a pack.
+    Relocation = 3,
 }
 
 /// Where a block is, and what it says.

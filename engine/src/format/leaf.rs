@@ -161,7 +161,8 @@ impl Leaf {
     /// Reads a block that no parent vouches for.
     pub fn parse(block: &[u8]) -> Result<Self, FormatError> {
         let mut reader = Reader::new(block::unseal(BlockKind::Leaf, block)?);
-        let frames = read_frames(&mut reader)?;
+        let packs = PackTable::read(&mut reader)?;
+        let frames = read_frames(&packs, &mut reader)?;
         let count = reader.count("the number of extents", 1)?;
         let mut extents = Vec::with_capacity(count);
         let mut next = None;
@@ -202,8 +203,11 @@ impl Leaf {
     }
 }
 
-fn read_frames(reader: &mut Reader<'_>) -> Result<Vec<FrameLocation>, FormatError> {
-    let packs = PackTable::read(reader)?;
+/// Reads a list of frames.
+pub(super) fn read_frames(
+    packs: &PackTable,
+    reader: &mut Reader<'_>,
+) -> Result<Vec<FrameLocation>, FormatError> {
     let count = reader.count("the number of frames", 4)?;
     let mut frames = Vec::with_capacity(count);
     for _ in 0..count {

@@ -10,6 +10,7 @@ pub mod frame;
 pub mod leaf;
 pub mod node;
 pub mod pack;
+pub mod relocation;
 
 /// Version of the format that this engine writes, and the newest it reads.
 pub const VERSION: u32 = 1;

@@ -278,6 +278,7 @@ fn read_blocks(mut reader: Reader<'_>, body_end: u64) -> Result<Vec<BlockEntry>,
         let kind = match reader.u8()? {
             1 => BlockKind::Leaf,
             2 => BlockKind::Node,
+            3 => BlockKind::Relocation,
             kind => return Err(FormatError::invalid(format!("a block of unknown kind {kind}"))),
         };
         let len = reader.bounded("a block's length", body_end - at)?;

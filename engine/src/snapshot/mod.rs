@@ -192,7 +192,7 @@ async fn write(
             let is_prepared =
                 is_parent && request.volumes.iter().any(|(name, _)| *name == volume.name);
             if budget > 0 && !is_prepared {
-                let leaves = tree::segments(repo.store(), volume, ctx).await?.leaves;
+                let leaves = tree::segments(repo, volume, ctx).await?.leaves;
                 preload(repo, volume.len_bytes, &leaves, &index, &mut budget, ctx).await?;
             }
         }
@@ -263,9 +263,7 @@ async fn preload(
             break;
         }
         let numbered = batch.iter().enumerate().map(|(n, child)| (done.segments + n, *child));
-        for (segment, leaf) in
-            tree::leaves(repo.store(), len_bytes, numbered.collect(), ctx).await?
-        {
+        for (segment, leaf) in tree::leaves(repo, len_bytes, numbered.collect(), ctx).await? {
             match leaf {
                 Ok(Some(leaf)) => *budget = budget.saturating_sub(remember(index, &leaf)),
                 Ok(None) => {}

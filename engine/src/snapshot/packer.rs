@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
 
 use super::halt::Halt;
@@ -92,9 +93,21 @@ impl Packer {
         Ok(())
     }
 
+    /// Waits until the store has taken all complete packs off the queue. For a worker that must not block.
+    pub async fn drained(&self) -> Result<()> {
+        let room = self.complete.reserve_many(self.complete.max_capacity()).await;
+        room.map(drop).map_err(|_| Error::Cancelled)
+    }
+
     fn send(&self, pack: PackBuilder) -> Result<()> {
         // The other end is gone only after it failed, and that failure is the one to report.
-        self.complete.blocking_send(pack).map_err(|_| Error::Cancelled)
+        match self.complete.try_send(pack) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(pack)) => {
+                self.complete.blocking_send(pack).map_err(|_| Error::Cancelled)
+            }
+            Err(TrySendError::Closed(_)) => Err(Error::Cancelled),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::{StreamExt, stream};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::halt::Halt;
 use super::packer::{Counts, Packer, upload};
@@ -77,7 +77,7 @@ impl VolumeJob {
         ctx: &Context,
     ) -> Result<Self> {
         let (segments, before_len) = match before {
-            Some(before) => (tree::segments(repo.store(), before, ctx).await?, before.len_bytes),
+            Some(before) => (tree::segments(repo, before, ctx).await?, before.len_bytes),
             None => (Segments::default(), 0),
         };
         let mut before = segments.leaves;
@@ -134,7 +134,9 @@ impl Pipeline {
         // The parts are tasks of their own, which would go on after this future was dropped.
         let _guard = self.halt.guard();
         let counts = Arc::new(Counts::default());
-        let (complete, packs) = mpsc::channel(1);
+        let inline = self.ctx.limits.threads == 0;
+        // Work within a task can't wait for room in the middle of a segment; it waits between segments.
+        let (complete, packs) = mpsc::channel(if inline { Semaphore::MAX_PERMITS } else { 1 });
         let (jobs, queue) = mpsc::channel(2 * self.ctx.limits.threads.max(1));
         let uploader = tokio::spawn(upload(
             self.repo.clone(),
@@ -149,10 +151,19 @@ impl Pipeline {
             let (volumes, counts) = (volumes.clone(), counts.clone());
             let packer = Packer::new(self.session, complete);
             let chunking = self.repo.config().chunking;
-            tokio::task::spawn_blocking(move || {
-                let stage = Stage { volumes: &volumes, chunking, index: &index, packer: &packer };
-                stage.run(queue, &counts, &halt, &ctx)
-            })
+            if inline {
+                tokio::spawn(async move {
+                    let (index, packer, counts) = (&*index, &packer, &*counts);
+                    let stage = Stage { volumes: &volumes, chunking, index, packer, counts };
+                    stage.run_inline(queue, &halt, &ctx).await
+                })
+            } else {
+                tokio::task::spawn_blocking(move || {
+                    let (index, packer, counts) = (&*index, &packer, &*counts);
+                    let stage = Stage { volumes: &volumes, chunking, index, packer, counts };
+                    stage.run(queue, &halt, &ctx)
+                })
+            }
         };
         let planned = self.plan(&volumes, jobs).await;
         planned.unwrap_or_else(|error| self.halt.fail(error));
@@ -170,8 +181,7 @@ impl Pipeline {
                     && job.segment >= volume.preloaded
                 {
                     let range = tree::segment_range(volume.before_len, job.segment);
-                    match tree::read_leaf(self.repo.store(), &block, range.end - range.start).await
-                    {
+                    match tree::read_leaf(&self.repo, &block, range.end - range.start).await {
                         Ok(leaf) => {
                             remember(&self.index, &leaf);
                         }
@@ -187,8 +197,9 @@ impl Pipeline {
             let mut prepared = std::pin::pin!(stream::iter(prepared).buffered(LEAVES_AHEAD));
             while let Some(job) = prepared.next().await {
                 tokio::select! {
-                    sent = jobs.send(job) => if sent.is_err() { return Ok(()) },
+                    biased;
                     () = self.halt.wait() => return Ok(()),
+                    sent = jobs.send(job) => if sent.is_err() { return Ok(()) },
                 }
             }
         }
@@ -202,39 +213,119 @@ struct Stage<'a> {
     chunking: crate::chunker::Chunking,
     index: &'a DedupIndex,
     packer: &'a Packer,
+    counts: &'a Counts,
 }
 
+/// The leaves of a volume as they come, and its bytes that are not zeros.
+type Leaves = Mutex<(Vec<Child>, u64)>;
+
 impl Stage<'_> {
+    /// Does all work on threads of its own.
     fn run(
         &self,
         queue: mpsc::Receiver<Job>,
-        counts: &Counts,
         halt: &Halt,
         ctx: &Context,
     ) -> Result<Vec<WrittenVolume>> {
-        let threads = ctx.limits.threads.max(1);
+        let threads = ctx.limits.threads;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .thread_name(|n| format!("petra-worker-{n}"))
             .build()
             .map_err(|_| Error::Internal("no worker threads can be started"))?;
         let queue = Mutex::new(queue);
-        let leaves: Vec<Mutex<(Vec<Child>, u64)>> = self
-            .volumes
-            .iter()
-            .map(|volume| {
-                Mutex::new((vec![Child::Zero; tree::segment_count(volume.source.len_bytes())], 0))
-            })
-            .collect();
+        let leaves = self.leaves();
         pool.scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|_| {
-                    if let Err(error) = self.work(&queue, &leaves, counts, halt, ctx) {
+                    if let Err(error) = self.work(&queue, &leaves, halt, ctx) {
                         halt.fail(error);
                     }
                 });
             }
         });
+        self.finish(leaves, halt)
+    }
+
+    /// Does all work within the calling task.
+    async fn run_inline(
+        &self,
+        queue: mpsc::Receiver<Job>,
+        halt: &Halt,
+        ctx: &Context,
+    ) -> Result<Vec<WrittenVolume>> {
+        let leaves = self.leaves();
+        if let Err(error) = self.work_inline(queue, &leaves, halt, ctx).await {
+            halt.fail(error);
+        }
+        self.finish(leaves, halt)
+    }
+
+    /// One thread's work, until the queue ends.
+    fn work(
+        &self,
+        queue: &Mutex<mpsc::Receiver<Job>>,
+        leaves: &[Leaves],
+        halt: &Halt,
+        ctx: &Context,
+    ) -> Result<()> {
+        let mut worker = self.worker(ctx)?;
+        loop {
+            let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
+            let Some(job) = job else { return Ok(()) };
+            if halt.is_set() {
+                return Ok(());
+            }
+            self.segment(&mut worker, job, leaves)?;
+        }
+    }
+
+    /// A task's work, until the queue ends. The packs of one segment wait in memory at most.
+    async fn work_inline(
+        &self,
+        mut queue: mpsc::Receiver<Job>,
+        leaves: &[Leaves],
+        halt: &Halt,
+        ctx: &Context,
+    ) -> Result<()> {
+        let mut worker = self.worker(ctx)?;
+        while let Some(job) = queue.recv().await {
+            if halt.is_set() {
+                return Ok(());
+            }
+            self.segment(&mut worker, job, leaves)?;
+            self.packer.drained().await?;
+        }
+        Ok(())
+    }
+
+    fn worker<'a>(&'a self, ctx: &'a Context) -> Result<Worker<'a>> {
+        Worker::new(self.chunking, self.index, self.packer, self.counts, ctx)
+    }
+
+    fn leaves(&self) -> Vec<Leaves> {
+        let count = |volume: &VolumeJob| tree::segment_count(volume.source.len_bytes());
+        self.volumes.iter().map(|v| Mutex::new((vec![Child::Zero; count(v)], 0))).collect()
+    }
+
+    fn segment(&self, worker: &mut Worker<'_>, job: Job, leaves: &[Leaves]) -> Result<()> {
+        let Some((volume, leaves)) = self.volumes.get(job.volume).zip(leaves.get(job.volume))
+        else {
+            return Err(Error::Internal("a job for no volume"));
+        };
+        let range = tree::segment_range(volume.source.len_bytes(), job.segment);
+        let len = range.end - range.start;
+        let done = worker.segment(&*volume.source, range.start, len, job.before)?;
+        let mut leaves = leaves.lock().unwrap_or_else(PoisonError::into_inner);
+        leaves.1 += done.data_bytes;
+        if let Some(child) = leaves.0.get_mut(job.segment) {
+            *child = done.child;
+        }
+        Ok(())
+    }
+
+    /// Writes the nodes above the leaves, and sends what is still open.
+    fn finish(&self, leaves: Vec<Leaves>, halt: &Halt) -> Result<Vec<WrittenVolume>> {
         if halt.is_set() {
             return Err(Error::Cancelled);
         }
@@ -250,40 +341,5 @@ impl Stage<'_> {
         }
         self.packer.finish()?;
         Ok(written)
-    }
-
-    /// One thread's work, until the queue ends.
-    fn work(
-        &self,
-        queue: &Mutex<mpsc::Receiver<Job>>,
-        leaves: &[Mutex<(Vec<Child>, u64)>],
-        counts: &Counts,
-        halt: &Halt,
-        ctx: &Context,
-    ) -> Result<()> {
-        let mut worker = Worker::new(self.chunking, self.index, self.packer, counts, ctx)?;
-        loop {
-            let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-            let Some(job) = job else { return Ok(()) };
-            if halt.is_set() {
-                return Ok(());
-            }
-            let Some((volume, leaves)) = self.volumes.get(job.volume).zip(leaves.get(job.volume))
-            else {
-                return Err(Error::Internal("a job for no volume"));
-            };
-            let range = tree::segment_range(volume.source.len_bytes(), job.segment);
-            let done = worker.segment(
-                &*volume.source,
-                range.start,
-                range.end - range.start,
-                job.before,
-            )?;
-            let mut leaves = leaves.lock().unwrap_or_else(PoisonError::into_inner);
-            leaves.1 += done.data_bytes;
-            if let Some(child) = leaves.0.get_mut(job.segment) {
-                *child = done.child;
-            }
-        }
     }
 }

@@ -157,13 +157,24 @@ impl StoreError {
 
 /// Collects a listing of any number of pages.
 pub(crate) async fn list_all(store: &dyn Store, prefix: &str) -> Result<Vec<Entry>, StoreError> {
-    let mut entries: Vec<Entry> = Vec::new();
+    let mut entries = Vec::new();
+    list_each(store, prefix, |entry| entries.push(entry.clone())).await?;
+    Ok(entries)
+}
+
+/// Goes through a listing of any number of pages, with one in memory.
+pub(crate) async fn list_each(
+    store: &dyn Store,
+    prefix: &str,
+    mut each: impl FnMut(&Entry) + Send,
+) -> Result<(), StoreError> {
+    let mut after: Option<String> = None;
     loop {
-        let page = store.list(prefix, entries.last().map(|entry| entry.key.as_str())).await?;
-        let end = !page.more || page.entries.is_empty();
-        entries.extend(page.entries);
-        if end {
-            return Ok(entries);
+        let page = store.list(prefix, after.as_deref()).await?;
+        page.entries.iter().for_each(&mut each);
+        after = page.entries.into_iter().next_back().map(|entry| entry.key);
+        if !page.more || after.is_none() {
+            return Ok(());
         }
     }
 }

@@ -208,7 +208,7 @@ async fn the_footer_of_a_data_pack() {
 async fn a_leaf() {
     let leaf = async |site: &Site| {
         let volume = &site.records[0].volumes[0];
-        let found = segments(site.repo.store(), volume, &context()).await.unwrap();
+        let found = segments(&site.repo, volume, &context()).await.unwrap();
         let Child::Block(leaf) = found.leaves[1] else { panic!("no leaf") };
         leaf.offset as usize + 60
     };
@@ -219,7 +219,7 @@ async fn a_leaf() {
 async fn the_version_of_a_leaf() {
     let version = async |site: &Site| {
         let volume = &site.records[0].volumes[0];
-        let found = segments(site.repo.store(), volume, &context()).await.unwrap();
+        let found = segments(&site.repo, volume, &context()).await.unwrap();
         let Child::Block(leaf) = found.leaves[1] else { panic!("no leaf") };
         leaf.offset as usize + 4
     };

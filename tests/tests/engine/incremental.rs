@@ -125,7 +125,7 @@ async fn unchanged_segments_share_their_leaves() {
     volume.write(10, b"changed");
     let second = take(&repo, &volume).await.unwrap();
     let leaves = async |record: &petra_engine::record::SnapshotRecord| {
-        segments(repo.store(), &record.volumes[0], &context()).await.unwrap().leaves
+        segments(&repo, &record.volumes[0], &context()).await.unwrap().leaves
     };
     let (before, after) = (leaves(&first).await, leaves(&second).await);
     assert_ne!(before[0], after[0]);

@@ -7,9 +7,11 @@
 )]
 
 mod collect;
+mod compact;
 mod damage;
 mod faults;
 mod fixtures;
+mod found;
 mod incremental;
 mod kill;
 mod roundtrip;

@@ -39,11 +39,7 @@ fn all_operations(
         repo.find(&find).await?;
         repo.snapshots(&item).await?;
         repo.experiments().await?;
-        let options = CollectOptions {
-            grace: std::time::Duration::ZERO,
-            silent: std::time::Duration::ZERO,
-            dry_run: true,
-        };
+        let options = CollectOptions { dry_run: true, ..CollectOptions::default() };
         collect(&repo, &options, &ctx).await
     });
 }

@@ -10,7 +10,7 @@ use petra_engine::snapshot::snapshot;
 use petra_engine::store::{LocalStore, MemoryStore, Store};
 use petra_engine::url::{Item, SnapshotRef};
 use petra_engine::{Error, Repository};
-use petra_tests::lab::{assert_tidy, check, context, init, request, verify_all};
+use petra_tests::lab::{assert_tidy, at_once, check, context, init, request, verify_all};
 use petra_tests::volume::{Volume, noise};
 
 fn volume(seed: u64) -> Volume {
@@ -45,8 +45,7 @@ async fn traffic(store: Arc<dyn Store>, seconds: u64) {
     for patience in [Duration::ZERO, Duration::from_secs(1)] {
         let (repo, over) = (repo.clone(), over.clone());
         tasks.push(tokio::spawn(async move {
-            let options =
-                CollectOptions { grace: Duration::ZERO, silent: patience, dry_run: false };
+            let options = CollectOptions { silent: patience, ..at_once() };
             while !over.load(Ordering::Relaxed) {
                 collect(&repo, &options, &context()).await.unwrap();
                 tokio::time::sleep(Duration::from_millis(30)).await;

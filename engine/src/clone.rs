@@ -1,0 +1,71 @@
+//! The pin of a clone: what keeps a snapshot readable while a volume is made from it (docs/protocol.md, "Clone").
+
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::id::SnapshotId;
+use crate::key::Key;
+use crate::record::{End, Pin, PinOwner, kind};
+use crate::repository::{Repository, stamp};
+
+/// Keeps the data of a snapshot until it is ended: even when the snapshot is deleted and purged, and however long
+/// its owner is silent.
+///
+/// Dropping it ends nothing: a clone outlives the processes that serve it.
+#[derive(Clone, Debug)]
+pub struct ClonePin {
+    repo: Repository,
+    id: SnapshotId,
+    snapshot: SnapshotId,
+}
+
+impl ClonePin {
+    /// Pins a snapshot, which may be deleted but not purged. When this returns, the whole snapshot can be read
+    /// until the pin is ended. After an error nothing needs to be ended, as far as the store could still be reached.
+    pub async fn take(repo: &Repository, snapshot: SnapshotId, ctx: &Context) -> Result<Self> {
+        let pin = Self { repo: repo.clone(), id: ctx.host.new_id(), snapshot };
+        let result = pin.put(ctx).await;
+        if result.is_err() {
+            // The pin may be there although its answer was lost, and no one would ever end it.
+            let _ = pin.end(ctx).await;
+        }
+        result.map(|()| pin)
+    }
+
+    async fn put(&self, ctx: &Context) -> Result<()> {
+        ctx.check()?;
+        let snapshots = vec![self.snapshot];
+        let pin = Pin { stamp: stamp(ctx), owner: PinOwner::Clone, snapshots };
+        let key = Key::pin(self.id, 0);
+        self.repo.store().put(&key, self.repo.seal(kind::PIN, &key, &pin)?).await?;
+        // Only now: a Purge that comes later finds the pin.
+        if self.repo.is_purged(self.snapshot).await? {
+            return Err(Error::Unknown {
+                what: "snapshot",
+                name: self.snapshot.to_string(),
+                within: self.repo.location(),
+                known: vec![],
+            });
+        }
+        Ok(())
+    }
+
+    /// The clone's id, which names its pin in the repository.
+    pub fn id(&self) -> SnapshotId {
+        self.id
+    }
+
+    /// The snapshot that is pinned.
+    pub fn snapshot(&self) -> SnapshotId {
+        self.snapshot
+    }
+
+    /// Ends the clone: it will not read from the repository again. Can be repeated.
+    pub async fn end(&self, ctx: &Context) -> Result<()> {
+        let end = End { stamp: stamp(ctx) };
+        let key = Key::end(self.id);
+        self.repo.store().put(&key, self.repo.seal(kind::END, &key, &end)?).await?;
+        // A pin that stays is void all the same; collectors remove it.
+        let _ = self.repo.store().delete(&Key::pin(self.id, 0)).await;
+        Ok(())
+    }
+}

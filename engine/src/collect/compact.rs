@@ -1,0 +1,439 @@
+//! Compaction: copies what is needed of packs that are mostly garbage (docs/protocol.md, "Compaction").
+//!
+//! A compaction is a session of its own. It copies every piece that a root of the view needs, and commits where the
+//! pieces are now. It deletes nothing: the next view finds the old packs covered by their copies.
+
+use std::collections::BTreeMap;
+
+use super::inventory::{Inventory, StoredPack};
+use super::view::View;
+use super::walk::{Needed, Piece, Walk};
+use super::{CollectOptions, CollectReport};
+use crate::context::Context;
+use crate::error::{Error, Result};
+use crate::fetch::{Fetched, Request, Span, coalesce};
+use crate::format::block::{BlockKind, BlockRef};
+use crate::format::frame::{self, FrameEncoder, FrameLocation};
+use crate::format::pack::{PackBuilder, PackKind};
+use crate::format::relocation::{MovedBlock, Relocation, Run};
+use crate::id::{ChunkId, PackId, SnapshotId};
+use crate::key::Key;
+use crate::publish::{Published, publish};
+use crate::record::{Decision, Move, kind};
+use crate::repository::{Repository, stamp};
+use crate::workers::Workers;
+
+/// Bytes that are needed of the packs of one batch, so that their lists fit in memory: some 100,000 chunks.
+const BATCH_BYTES: u64 = 2 << 30;
+/// Packs of one batch.
+const BATCH_PACKS: usize = 4096;
+/// A pack with less garbage than a sixteenth is not worth copying.
+const MIN_WASTE_SHARE: u64 = 16;
+/// Nor is one with less than this: headers and footers are no garbage, and every copy has them again.
+const MIN_WASTE_BYTES: u64 = 4 << 10;
+
+/// Compacts one batch of packs. True when there is something new: look again.
+pub(super) async fn compact(
+    repo: &Repository,
+    view: &View,
+    inventory: &Inventory,
+    options: &CollectOptions,
+    report: &mut CollectReport,
+    ctx: &Context,
+) -> Result<bool> {
+    let victims = choose(view, inventory, options, report.damaged_packs);
+    if victims.is_empty() {
+        return Ok(false);
+    }
+    let session = ctx.host.new_id();
+    let result = copy(repo, view, session, victims, report, ctx).await;
+    match &result {
+        Ok(true) => {}
+        // Given up, so that what was stored can be collected at once. Best effort: silence would do in the end.
+        Ok(false) | Err(_) => {
+            let key = Key::snap(session);
+            if let Ok(abort) =
+                repo.seal(kind::DECISION, &key, &Decision::Abort { stamp: stamp(ctx) })
+            {
+                let _ = publish(repo.store(), &key, abort).await;
+            }
+        }
+    }
+    result
+}
+
+/// The packs with the largest share of garbage, as many as it takes to come below the allowed waste.
+fn choose(
+    view: &View,
+    inventory: &Inventory,
+    options: &CollectOptions,
+    damaged: u64,
+) -> BTreeMap<PackId, Wanted> {
+    let mut victims = BTreeMap::new();
+    // Damage was found by the last batch, and would be again.
+    let Some(percent) = options.max_waste_percent.filter(|_| damaged == 0) else { return victims };
+    let waste = |pack: &StoredPack| pack.len - pack.needed.min(pack.len);
+    let kept = inventory.iter().filter(|pack| pack.needed > 0 && view.is_decided(pack.id.session));
+    let (mut total, mut wasted) = (0, 0);
+    let mut candidates = Vec::new();
+    for pack in kept {
+        total += pack.len;
+        wasted += waste(&pack);
+        // One that was copied before is still needed in place: copies of it did not cover all.
+        let is_worth = waste(&pack) >= MIN_WASTE_BYTES.max(pack.len / MIN_WASTE_SHARE);
+        if is_worth && !view.moves.contains_key(&pack.id) {
+            candidates.push(pack);
+        }
+    }
+    let allowed = total / 100 * u64::from(percent);
+    candidates.sort_by_key(|pack| (pack.needed * 1000 / pack.len.max(1), pack.id));
+    let mut bytes = 0;
+    for pack in candidates {
+        if wasted <= allowed || victims.len() == BATCH_PACKS || bytes > BATCH_BYTES {
+            break;
+        }
+        wasted -= waste(&pack);
+        bytes += pack.needed;
+        victims.insert(pack.id, Wanted::default());
+    }
+    victims
+}
+
+/// What is needed of one pack, each piece once.
+#[derive(Debug, Default)]
+struct Wanted {
+    /// By frame, then by first byte in it.
+    frames: BTreeMap<u32, WantedFrame>,
+    /// By offset.
+    blocks: BTreeMap<u32, (BlockKind, BlockRef)>,
+}
+
+#[derive(Clone, Debug)]
+struct WantedFrame {
+    location: FrameLocation,
+    chunks: BTreeMap<u32, (ChunkId, u32)>,
+}
+
+impl Needed for BTreeMap<PackId, Wanted> {
+    fn need(&mut self, piece: Piece) {
+        let Some(wanted) = self.get_mut(&piece.pack()) else { return };
+        match piece {
+            Piece::Block(kind, block) => {
+                wanted.blocks.insert(block.offset, (kind, block));
+            }
+            Piece::Chunk { id, frame, offset, len } => {
+                let frame = wanted
+                    .frames
+                    .entry(frame.offset)
+                    .or_insert_with(|| WantedFrame { location: frame, chunks: BTreeMap::new() });
+                frame.chunks.insert(offset, (id, len));
+            }
+        }
+    }
+}
+
+/// Copies and commits. False when there was nothing to commit.
+async fn copy(
+    repo: &Repository,
+    view: &View,
+    session: SnapshotId,
+    mut victims: BTreeMap<PackId, Wanted>,
+    report: &mut CollectReport,
+    ctx: &Context,
+) -> Result<bool> {
+    // The same roots as before; a root that was purged meanwhile ends the batch.
+    if Walk::new(repo, view, ctx).run(&mut victims).await?.is_none() {
+        return Ok(false);
+    }
+    claim(repo, session, &mut victims, ctx).await?;
+    let workers = Workers::start(ctx)?;
+    let mut copier = Copier::new(session)?;
+    for (pack, wanted) in victims {
+        ctx.check()?;
+        let copied;
+        (copier, copied) = copy_pack(repo, pack, wanted, copier, &workers, ctx).await?;
+        report.damaged_packs += u64::from(!copied);
+    }
+    let moves = copier.finish();
+    store(repo, &mut copier).await?;
+    report.copied_bytes += copier.copied_bytes;
+    if moves.is_empty() {
+        return Ok(false);
+    }
+    let key = Key::snap(session);
+    let decision = Decision::Compaction { stamp: stamp(ctx), moves };
+    let body = repo.seal(kind::DECISION, &key, &decision)?;
+    // Whoever was first: an Abort means that others took this for dead, and its packs will go.
+    Ok(publish(repo.store(), &key, body).await? == Published::Ours)
+}
+
+/// Puts up the hints by which readers will find the copies, and leaves packs alone that others are at.
+async fn claim(
+    repo: &Repository,
+    session: SnapshotId,
+    victims: &mut BTreeMap<PackId, Wanted>,
+    ctx: &Context,
+) -> Result<()> {
+    let all: Vec<PackId> = victims.keys().copied().collect();
+    for pack in all {
+        ctx.check()?;
+        let key = Key::moves(pack, session);
+        repo.store().put(&key, repo.seal(kind::MOVE, &key, &())?).await?;
+        for other in repo.movers(pack).await? {
+            if other == session {
+                continue;
+            }
+            let decision = repo.decision(other).await?;
+            if !matches!(decision, Some(Decision::Abort { .. })) {
+                // Two copies would do no harm, but take twice the space.
+                victims.remove(&pack);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Copies what is wanted of one pack; false when it can't be read, and stays as it is.
+async fn copy_pack(
+    repo: &Repository,
+    pack: PackId,
+    wanted: Wanted,
+    mut copier: Copier,
+    workers: &Workers,
+    ctx: &Context,
+) -> Result<(Copier, bool)> {
+    let spans = wanted.frames.into_values().map(|frame| Span {
+        pack,
+        offset: frame.location.offset,
+        len: frame.location.stored_len,
+        tag: Source::Frame(frame),
+    });
+    let blocks = wanted.blocks.into_values().map(|(kind, block)| Span {
+        pack,
+        offset: block.offset,
+        len: block.len,
+        tag: Source::Block(kind),
+    });
+    for request in coalesce(spans.chain(blocks).collect()) {
+        let fetched = match request.fetch(repo, ctx).await {
+            Ok(fetched) => fetched,
+            Err(error) if error.is_damage() => {
+                copier.forget(pack);
+                return Ok((copier, false));
+            }
+            Err(error) => return Err(error),
+        };
+        let taken = workers.run(ctx, move || {
+            let result = copier.take(&request, &fetched);
+            Ok((copier, result))
+        });
+        let result;
+        (copier, result) = taken.await?;
+        match result {
+            Ok(()) => {}
+            Err(error) if error.is_damage() => {
+                copier.forget(pack);
+                return Ok((copier, false));
+            }
+            Err(error) => return Err(error),
+        }
+        store(repo, &mut copier).await?;
+    }
+    Ok((copier, true))
+}
+
+/// Stores the packs that are complete.
+async fn store(repo: &Repository, copier: &mut Copier) -> Result<()> {
+    for (id, bytes) in std::mem::take(&mut copier.complete) {
+        copier.copied_bytes += bytes.len() as u64;
+        repo.store().put(&Key::pack(id), bytes.into()).await?;
+    }
+    Ok(())
+}
+
+/// What a span of an old pack holds.
+#[derive(Clone, Debug)]
+enum Source {
+    Frame(WantedFrame),
+    Block(BlockKind),
+}
+
+/// Puts pieces together to new frames and packs, and remembers where they came from.
+struct Copier {
+    session: SnapshotId,
+    next_number: u32,
+    encoder: FrameEncoder,
+    data: Option<PackBuilder>,
+    manifest: Option<PackBuilder>,
+    complete: Vec<(PackId, Vec<u8>)>,
+    /// The open frame.
+    raw: Vec<u8>,
+    chunk_lens: Vec<u32>,
+    /// Chunks in the open frame: the old pack, and their run.
+    waiting: Vec<(PackId, Run)>,
+    stored: Vec<u8>,
+    decoded: Vec<u8>,
+    relocations: BTreeMap<PackId, Relocation>,
+    copied_bytes: u64,
+}
+
+impl Copier {
+    fn new(session: SnapshotId) -> Result<Self> {
+        Ok(Self {
+            session,
+            next_number: 0,
+            encoder: FrameEncoder::new().map_err(|_| Error::Internal("zstd has no memory"))?,
+            data: None,
+            manifest: None,
+            complete: Vec::new(),
+            raw: Vec::new(),
+            chunk_lens: Vec::new(),
+            waiting: Vec::new(),
+            stored: Vec::new(),
+            decoded: Vec::new(),
+            relocations: BTreeMap::new(),
+            copied_bytes: 0,
+        })
+    }
+
+    /// Takes over all pieces of one request, after checking every chunk.
+    fn take(&mut self, request: &Request<Source>, fetched: &Fetched) -> Result<()> {
+        for span in &request.spans {
+            let stored = fetched.span(span)?;
+            match &span.tag {
+                Source::Block(kind) => self.take_block(span, *kind, stored),
+                Source::Frame(frame) => self.take_frame(span, frame, stored)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn take_block(&mut self, span: &Span<Source>, kind: BlockKind, block: &[u8]) {
+        let pack =
+            open(&mut self.manifest, PackKind::Manifest, self.session, &mut self.next_number);
+        let moved = MovedBlock {
+            old_offset: span.offset,
+            len: span.len,
+            pack: pack.id(),
+            offset: pack.add_block(kind, block),
+        };
+        if pack.is_full() {
+            self.complete.extend(self.manifest.take().map(PackBuilder::finish));
+        }
+        self.relocation(span.pack).blocks.push(moved);
+    }
+
+    fn take_frame(
+        &mut self,
+        span: &Span<Source>,
+        wanted: &WantedFrame,
+        stored: &[u8],
+    ) -> Result<()> {
+        let object = || format!("frame {}+{} of {}", span.offset, span.len, Key::pack(span.pack));
+        let mut decoded = std::mem::take(&mut self.decoded);
+        frame::decode(stored, wanted.location.raw_len, &mut decoded)
+            .map_err(|error| error.of(object()))?;
+        for (old_start, (id, len)) in &wanted.chunks {
+            let start = *old_start as usize;
+            let bytes = decoded.get(start..start + *len as usize).unwrap_or_default();
+            if ChunkId::of(bytes) != *id {
+                let detail = format!("chunk {id} expected, other bytes found");
+                return Err(Error::Damaged { object: object(), detail });
+            }
+            if self.raw.len() + bytes.len() > frame::TARGET_BYTES {
+                self.flush();
+            }
+            let run = Run {
+                old_frame: span.offset,
+                old_start: *old_start,
+                len: *len,
+                frame: 0,
+                start: self.raw.len() as u32,
+            };
+            self.raw.extend_from_slice(bytes);
+            self.chunk_lens.push(*len);
+            match self.waiting.last_mut() {
+                Some((pack, last))
+                    if *pack == span.pack
+                        && last.old_frame == run.old_frame
+                        && last.old_start + last.len == run.old_start =>
+                {
+                    last.len += run.len;
+                }
+                _ => self.waiting.push((span.pack, run)),
+            }
+        }
+        self.decoded = decoded;
+        Ok(())
+    }
+
+    /// Compresses the open frame and puts it into the open pack.
+    fn flush(&mut self) {
+        if self.raw.is_empty() {
+            return;
+        }
+        self.encoder.encode(&self.raw, &mut self.stored);
+        let pack = open(&mut self.data, PackKind::Data, self.session, &mut self.next_number);
+        let location = pack.add_frame(&self.stored, self.chunk_lens.drain(..));
+        if pack.is_full() {
+            self.complete.extend(self.data.take().map(PackBuilder::finish));
+        }
+        self.raw.clear();
+        for (source, run) in std::mem::take(&mut self.waiting) {
+            let relocation = self.relocation(source);
+            if relocation.frames.last() != Some(&location) {
+                relocation.frames.push(location);
+            }
+            let frame = relocation.frames.len() as u32 - 1;
+            relocation.runs.push(Run { frame, ..run });
+        }
+    }
+
+    fn relocation(&mut self, source: PackId) -> &mut Relocation {
+        let (frames, runs, blocks) = (Vec::new(), Vec::new(), Vec::new());
+        self.relocations.entry(source).or_insert(Relocation { source, frames, runs, blocks })
+    }
+
+    /// Leaves a pack where it is. What was copied of it already is garbage.
+    fn forget(&mut self, source: PackId) {
+        self.relocations.remove(&source);
+        self.waiting.retain(|(pack, _)| *pack != source);
+    }
+
+    /// Closes all packs, and says what was moved.
+    fn finish(&mut self) -> Vec<Move> {
+        self.flush();
+        let mut moves = Vec::new();
+        for relocation in std::mem::take(&mut self.relocations).into_values() {
+            let block = relocation.encode();
+            let pack =
+                open(&mut self.manifest, PackKind::Manifest, self.session, &mut self.next_number);
+            let table = BlockRef {
+                digest: relocation.digest(),
+                pack: pack.id(),
+                offset: pack.add_block(BlockKind::Relocation, &block),
+                len: block.len() as u32,
+            };
+            if pack.is_full() {
+                self.complete.extend(self.manifest.take().map(PackBuilder::finish));
+            }
+            moves.push(Move { source: relocation.source, table: table.into() });
+        }
+        let open = self.data.take().into_iter().chain(self.manifest.take());
+        self.complete.extend(open.map(PackBuilder::finish));
+        moves
+    }
+}
+
+fn open<'a>(
+    slot: &'a mut Option<PackBuilder>,
+    kind: PackKind,
+    session: SnapshotId,
+    next_number: &mut u32,
+) -> &'a mut PackBuilder {
+    slot.get_or_insert_with(|| {
+        let number = *next_number;
+        *next_number += 1;
+        PackBuilder::new(PackId { session, number }, kind)
+    })
+}
