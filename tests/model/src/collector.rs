@@ -211,13 +211,7 @@ impl Model {
 }
 
 /// A compactor has read what it copies.
-fn copy(
-    state: &State,
-    viewer: usize,
-    session: usize,
-    places: Places,
-    steps: &mut Steps,
-) {
+fn copy(state: &State, viewer: usize, session: usize, places: Places, steps: &mut Steps) {
     let mut next = *state;
     next.sessions[session].refs = places;
     next.sessions[session].phase = Phase::Copied;

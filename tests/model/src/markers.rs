@@ -18,12 +18,7 @@ pub(crate) const MARKING: u8 = u8::MAX - 2;
 
 impl Model {
     /// From the first look to the second one; true when that is what the collector is at.
-    pub(crate) fn mark_packs(
-        &self,
-        state: &State,
-        viewer: usize,
-        steps: &mut Steps,
-    ) -> bool {
+    pub(crate) fn mark_packs(&self, state: &State, viewer: usize, steps: &mut Steps) -> bool {
         let it = state.viewers[viewer];
         let mut next = *state;
         match it.stage {
@@ -45,12 +40,7 @@ impl Model {
     }
 
     /// What a writer does after its commit.
-    pub(crate) fn check_markers(
-        &self,
-        state: &State,
-        session: usize,
-        steps: &mut Steps,
-    ) {
+    pub(crate) fn check_markers(&self, state: &State, session: usize, steps: &mut Steps) {
         let mut next = *state;
         let it = &mut next.sessions[session];
         if (it.refs.packs() & state.markers).is_empty() {

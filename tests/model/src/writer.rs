@@ -10,13 +10,7 @@ const RESUMED: usize = 1;
 
 impl Model {
     /// The steps of one attempt.
-    pub(crate) fn writer(
-        &self,
-        state: &State,
-        session: usize,
-        candidates: Ids,
-        steps: &mut Steps,
-    ) {
+    pub(crate) fn writer(&self, state: &State, session: usize, candidates: Ids, steps: &mut Steps) {
         if self.config.resuming && session == RESUMED {
             self.resume(state, session, steps);
         }
@@ -97,13 +91,7 @@ impl Model {
     }
 
     /// Choosing witnesses, and pinning them.
-    fn begin(
-        &self,
-        state: &State,
-        session: usize,
-        candidates: Ids,
-        steps: &mut Steps,
-    ) {
+    fn begin(&self, state: &State, session: usize, candidates: Ids, steps: &mut Steps) {
         for witnesses in (candidates & self.found(state)).subsets() {
             let mut next = *state;
             let it = &mut next.sessions[session];
