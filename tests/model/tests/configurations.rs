@@ -1,5 +1,7 @@
 //! The protocol as it is: in no state that can be reached does anything go wrong.
 
+#![expect(clippy::print_stdout, reason = "what was explored, for those who ask: --nocapture")]
+
 use std::time::Instant;
 
 use petra_model::configurations::{

@@ -1,5 +1,7 @@
 //! Each step of the protocol is needed: without it, some state is wrong.
 
+#![expect(clippy::print_stdout, reason = "what was explored, for those who ask: --nocapture")]
+
 use petra_model::configurations::{
     BORROWING, CHAIN, CHAIN_AND_GRAVES, COMPACTION, CONCURRENT, RETRY, UNDELETE,
 };
