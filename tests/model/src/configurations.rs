@@ -87,7 +87,7 @@ pub const UNDELETE: Config = Config {
 
 /// A session that borrows a clone's pin, beside a compactor.
 pub const BORROWING: Config = Config {
-    name: "borrowing and compaction: writer, compactor, collector, deleter, clone",
+    name: "borrowing and compaction: writer, compactor, 2 collectors, deleter, clone",
     borrowing: true,
     goals: &[Goal::BorrowedCommits, Goal::CopyIsRead, Goal::PurgedIsRead],
     ..COMPACTION
