@@ -1,6 +1,7 @@
 //! Collectors and compactors: look, conclude, act.
 
-use crate::model::{Model, Role, Step};
+use crate::markers::MARKING;
+use crate::model::{Model, Role, Step, Steps};
 use crate::mutation::Mutation;
 use crate::sets::{CHUNKS, Ids, Places, SESSIONS};
 use crate::state::{ACTING, Decision, Pack, Phase, State, Viewer};
@@ -8,7 +9,7 @@ use crate::view::{Known, Verdict};
 
 impl Model {
     /// Aborts of sessions judged silent, by any collector at any time.
-    pub(crate) fn aborts(&self, state: &State, steps: &mut Vec<(Step, State)>) {
+    pub(crate) fn aborts(&self, state: &State, steps: &mut Steps) {
         for session in 0..SESSIONS {
             let decision = state.sessions[session].decision;
             if decision == Decision::None
@@ -41,9 +42,13 @@ impl Model {
     }
 
     /// The steps of a collector.
-    pub(crate) fn collector(&self, state: &State, viewer: usize, steps: &mut Vec<(Step, State)>) {
+    pub(crate) fn collector(&self, state: &State, viewer: usize, steps: &mut Steps) {
         if state.viewers[viewer].stage == ACTING {
             self.act(state, viewer, steps);
+            self.restart(state, viewer, steps);
+            return;
+        }
+        if self.mark_packs(state, viewer, steps) {
             self.restart(state, viewer, steps);
             return;
         }
@@ -52,8 +57,14 @@ impl Model {
             let doomed = state.sessions_where(|session| session.pack == Pack::Doomed);
             let (deletes, dead) = (known.deletes - doomed, known.dead);
             let mut next = *next;
-            let stage = if deletes.is_empty() && dead.is_empty() { 0 } else { ACTING };
-            next.viewers[viewer] = Viewer { stage, deletes, dead, ..Viewer::default() };
+            next.viewers[viewer] = Viewer::acting(deletes, dead);
+            if self.is(Mutation::MarkersInsteadOfPins) {
+                next.markers -= known.live.packs();
+                if !deletes.is_empty() {
+                    let marking = Viewer { stage: MARKING, dead: deletes, ..Viewer::default() };
+                    next.viewers[viewer] = marking;
+                }
+            }
             steps.push((Step::Conclude { viewer, deletes, dead }, next));
         });
     }
@@ -63,8 +74,8 @@ impl Model {
         &self,
         state: &State,
         viewer: usize,
-        steps: &mut Vec<(Step, State)>,
-        known: &mut dyn FnMut(&Known, &State, &mut Vec<(Step, State)>),
+        steps: &mut Steps,
+        known: &mut dyn FnMut(&Known, &State, &mut Steps),
     ) {
         let it = state.viewers[viewer];
         self.look(state, &it, &mut |view, complete| {
@@ -88,7 +99,7 @@ impl Model {
     }
 
     /// It dies and begins again.
-    fn restart(&self, state: &State, viewer: usize, steps: &mut Vec<(Step, State)>) {
+    fn restart(&self, state: &State, viewer: usize, steps: &mut Steps) {
         if state.viewers[viewer].stage != 0 {
             let mut next = *state;
             next.viewers[viewer] = Viewer::default();
@@ -97,13 +108,11 @@ impl Model {
     }
 
     /// Deleting packs, and cleaning up small objects, in any order.
-    fn act(&self, state: &State, viewer: usize, steps: &mut Vec<(Step, State)>) {
+    fn act(&self, state: &State, viewer: usize, steps: &mut Steps) {
         let it = state.viewers[viewer];
         let mut push = |step: Step, mut next: State| {
             let it = &mut next.viewers[viewer];
-            if it.deletes.is_empty() && it.dead.is_empty() {
-                *it = Viewer::default();
-            }
+            *it = Viewer::acting(it.deletes, it.dead);
             steps.push((step, next));
         };
         for pack in it.deletes.iter() {
@@ -136,7 +145,7 @@ impl Model {
     }
 
     /// The steps of a compactor: view as a collector does, copy what is live in one pack, commit the map.
-    pub(crate) fn compactor(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
+    pub(crate) fn compactor(&self, state: &State, session: usize, steps: &mut Steps) {
         let before = self.config.roles.iter().take(session);
         let viewer =
             self.config.collectors + before.filter(|role| **role == Role::Compactor).count();
@@ -202,13 +211,7 @@ impl Model {
 }
 
 /// A compactor has read what it copies.
-fn copy(
-    state: &State,
-    viewer: usize,
-    session: usize,
-    places: Places,
-    steps: &mut Vec<(Step, State)>,
-) {
+fn copy(state: &State, viewer: usize, session: usize, places: Places, steps: &mut Steps) {
     let mut next = *state;
     next.sessions[session].refs = places;
     next.sessions[session].phase = Phase::Copied;

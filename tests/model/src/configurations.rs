@@ -38,6 +38,14 @@ pub const CONCURRENT: Config = Config {
     ..NOBODY
 };
 
+/// One more clone, and one collector.
+pub const CLONES: Config = Config {
+    name: "2 writers, collector, deleter, 2 clones",
+    clones: 2,
+    collectors: 1,
+    ..CONCURRENT
+};
+
 /// A writer that is resumed after it died, and begins again after an Abort.
 pub const RETRY: Config = Config {
     name: "writer with resumption and a second attempt, 2 collectors, deleter, clone",
@@ -87,7 +95,7 @@ pub const UNDELETE: Config = Config {
 
 /// A session that borrows a clone's pin, beside a compactor.
 pub const BORROWING: Config = Config {
-    name: "borrowing and compaction: writer, compactor, collector, deleter, clone",
+    name: "borrowing and compaction: writer, compactor, 2 collectors, deleter, clone",
     borrowing: true,
     goals: &[Goal::BorrowedCommits, Goal::CopyIsRead, Goal::PurgedIsRead],
     ..COMPACTION
@@ -106,14 +114,6 @@ pub const CHAIN_AND_GRAVES: Config = Config {
     ],
     ..CHAIN
 };
-
-/// All that are small enough to be explored with every test run.
-pub const SMALL: [Config; 7] =
-    [CONCURRENT, RETRY, COMPACTION, CHAIN, UNDELETE, BORROWING, CHAIN_AND_GRAVES];
-
-/// One more clone.
-pub const CONCURRENT_CLONES: Config =
-    Config { name: "2 writers, 2 collectors, deleter, 2 clones", clones: 2, ..CONCURRENT };
 
 /// A clone that reads through chains.
 pub const CHAIN_AND_CLONE: Config = Config {
@@ -140,5 +140,4 @@ pub const CHAIN_AND_GRAVES_WRITER: Config = Config {
 };
 
 /// All that take too long for every test run.
-pub const LARGE: [Config; 4] =
-    [CONCURRENT_CLONES, CHAIN_AND_CLONE, UNDELETE_WRITERS, CHAIN_AND_GRAVES_WRITER];
+pub const LARGE: [Config; 3] = [CHAIN_AND_CLONE, UNDELETE_WRITERS, CHAIN_AND_GRAVES_WRITER];

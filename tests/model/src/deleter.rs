@@ -1,13 +1,13 @@
 //! Deleting, undeleting and purging.
 
-use crate::model::{Deleting, Model, Step};
+use crate::model::{Deleting, Model, Step, Steps};
 use crate::mutation::Mutation;
 use crate::sets::Ids;
 use crate::state::{Decision, Mark, Phase, State};
 
 impl Model {
     /// Deleting, undeleting and purging: nobody has to remember anything, since marks compete for keys.
-    pub(crate) fn deleter(&self, state: &State, steps: &mut Vec<(Step, State)>) {
+    pub(crate) fn deleter(&self, state: &State, steps: &mut Steps) {
         for snapshot in state.decided_as(Decision::Commit).iter() {
             let mut mark = |step: Step, mark: Mark| {
                 let mut next = *state;

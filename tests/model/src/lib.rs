@@ -21,6 +21,7 @@ pub mod checker;
 mod collector;
 pub mod configurations;
 mod deleter;
+mod markers;
 pub mod model;
 pub mod mutation;
 pub mod property;

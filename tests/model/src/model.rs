@@ -104,10 +104,16 @@ pub enum Step {
     PutGrave { viewer: usize },
     RemoveKeys { viewer: usize },
     Restart { viewer: usize },
+    PutMarkers { viewer: usize },
+    LookAgain { viewer: usize },
+    CheckMarkers { session: usize },
 
     Copy { viewer: usize, session: usize, places: Places },
     DeleteSource { session: usize },
 }
+
+/// Steps that can be taken, each with the state that it leads to.
+pub type Steps = Vec<(Step, State)>;
 
 /// The protocol in a configuration, whole or without a step.
 #[derive(Clone, Copy, Debug)]
@@ -148,7 +154,7 @@ impl Model {
     }
 
     /// Every step that can be taken, and where it leads.
-    pub fn steps(&self, state: &State, steps: &mut Vec<(Step, State)>) {
+    pub fn steps(&self, state: &State, steps: &mut Steps) {
         for (session, role) in self.config.roles.iter().enumerate() {
             match role {
                 Role::Unused | Role::Snapshot => {}

@@ -89,6 +89,8 @@ pub enum Mutation {
     /// A collector deletes the pin of a session that it takes for dead, without an Abort that won: what one of
     /// them removes, another one relied on.
     PinOfUndecidedRemoved,
+    /// Collectors mark packs and look again instead of relying on pins; one removes the marker of another.
+    MarkersInsteadOfPins,
     /// A root that is purged by now and has lost packs passes for damage.
     PurgedMeanwhileIsDamage,
     /// A purged root with a void pin that has lost packs passes for damage.

@@ -1,13 +1,13 @@
 //! The clone: pin, check, read, end.
 
-use crate::model::{Model, Step};
+use crate::model::{Model, Step, Steps};
 use crate::mutation::Mutation;
 use crate::sets::Ids;
 use crate::state::{ClonePhase, Decision, State};
 
 impl Model {
     /// The steps of a clone.
-    pub(crate) fn clone(&self, state: &State, clone: usize, steps: &mut Vec<(Step, State)>) {
+    pub(crate) fn clone(&self, state: &State, clone: usize, steps: &mut Steps) {
         let it = &state.clones[clone];
         let snapshot = usize::from(it.snapshot);
         let mut push = |step: Step, phase: ClonePhase| {

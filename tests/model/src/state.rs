@@ -173,6 +173,14 @@ pub struct Viewer {
 /// A viewer whose view is complete, and that deletes.
 pub const ACTING: u8 = u8::MAX;
 
+impl Viewer {
+    /// With this to do, or nothing.
+    pub fn acting(deletes: Ids, dead: Ids) -> Self {
+        let stage = if deletes.is_empty() && dead.is_empty() { 0 } else { ACTING };
+        Self { stage, deletes, dead, ..Self::default() }
+    }
+}
+
 /// A state of the world.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct State {
@@ -194,6 +202,8 @@ pub struct State {
     pub told_back: Ids,
     /// What a commit refers to that session 1 sent before it was resumed, and that may still arrive.
     pub sent: Places,
+    /// Packs with markers. Only where they are used instead of pins.
+    pub markers: Ids,
     /// A collector took the repository for damaged.
     pub damage: bool,
 }

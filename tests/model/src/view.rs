@@ -3,7 +3,7 @@
 use crate::model::Model;
 use crate::mutation::Mutation;
 use crate::sets::{Ids, Places, SESSIONS};
-use crate::state::{ClonePhase, Decision, Mark, Pack, State, Viewer};
+use crate::state::{ClonePhase, Decision, Mark, Pack, Phase, State, Viewer};
 
 /// Things that are looked at in one stage. A LIST of decisions has a beginning and an end.
 pub(crate) mod look {
@@ -262,7 +262,9 @@ impl Model {
     /// Snapshots that users take for theirs: committed and not purged.
     pub(crate) fn kept(&self, state: &State) -> Ids {
         let kept = state.sessions_where(|session| {
-            session.decision == Decision::Commit && session.mark != Mark::Purge
+            let unchecked =
+                session.phase == Phase::Committed && self.is(Mutation::MarkersInsteadOfPins);
+            session.decision == Decision::Commit && session.mark != Mark::Purge && !unchecked
         });
         (kept | state.told_back & state.decided_as(Decision::Commit)) - state.graves
     }

@@ -1,6 +1,6 @@
 //! The writer: pin, check, choose what to reuse, store, commit.
 
-use crate::model::{Model, Step};
+use crate::model::{Model, Step, Steps};
 use crate::mutation::Mutation;
 use crate::sets::{Ids, Places, SESSIONS};
 use crate::state::{ClonePhase, Decision, Pack, Phase, State};
@@ -10,22 +10,20 @@ const RESUMED: usize = 1;
 
 impl Model {
     /// The steps of one attempt.
-    pub(crate) fn writer(
-        &self,
-        state: &State,
-        session: usize,
-        candidates: Ids,
-        steps: &mut Vec<(Step, State)>,
-    ) {
+    pub(crate) fn writer(&self, state: &State, session: usize, candidates: Ids, steps: &mut Steps) {
         if self.config.resuming && session == RESUMED {
             self.resume(state, session, steps);
+        }
+        let it = &state.sessions[session];
+        if it.phase == Phase::Committed && self.is(Mutation::MarkersInsteadOfPins) {
+            self.check_markers(state, session, steps);
+            return;
         }
         let mut push = |step: Step, change: &dyn Fn(&mut State)| {
             let mut next = *state;
             change(&mut next);
             steps.push((step, next));
         };
-        let it = &state.sessions[session];
         let me = Ids::one(session);
         if state.adrift.has(session)
             && self.is(Mutation::PinUnacknowledged)
@@ -93,13 +91,7 @@ impl Model {
     }
 
     /// Choosing witnesses, and pinning them.
-    fn begin(
-        &self,
-        state: &State,
-        session: usize,
-        candidates: Ids,
-        steps: &mut Vec<(Step, State)>,
-    ) {
+    fn begin(&self, state: &State, session: usize, candidates: Ids, steps: &mut Steps) {
         for witnesses in (candidates & self.found(state)).subsets() {
             let mut next = *state;
             let it = &mut next.sessions[session];
@@ -118,7 +110,10 @@ impl Model {
             } else {
                 it.witnesses = witnesses;
                 it.phase = Phase::Pinned;
-                if self.is(Mutation::NoPin) || self.is(Mutation::PinUnacknowledged) {
+                if self.is(Mutation::NoPin)
+                    || self.is(Mutation::MarkersInsteadOfPins)
+                    || self.is(Mutation::PinUnacknowledged)
+                {
                     next.adrift |= Ids::one(session);
                 }
             }
@@ -143,7 +138,7 @@ impl Model {
     }
 
     /// Choosing what to refer to, and storing the session's own pack. Nobody sees the choice before the commit.
-    fn store(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
+    fn store(&self, state: &State, session: usize, steps: &mut Steps) {
         let it = &state.sessions[session];
         let reusable =
             it.valid.iter().fold(Places::NONE, |all, from| match from.checked_sub(SESSIONS) {
@@ -183,7 +178,7 @@ impl Model {
                 it.refs = own | reused;
             }
             // What was pinned stays pinned; which of it holds matters no more. A borrower stays one.
-            it.valid = it.valid - Ids::ALL_SESSIONS;
+            it.valid -= Ids::ALL_SESSIONS;
             it.phase = Phase::Stored;
             if own.packs().has(session) {
                 let waits = !self.is(Mutation::CommitBeforePacks);
@@ -206,7 +201,7 @@ impl Model {
     }
 
     /// Deciding the session.
-    fn commit(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
+    fn commit(&self, state: &State, session: usize, steps: &mut Steps) {
         let mut push = |step: Step, change: &dyn Fn(&mut State)| {
             let mut next = *state;
             change(&mut next);
@@ -215,7 +210,8 @@ impl Model {
         let commit = |next: &mut State| {
             let it = &mut next.sessions[session];
             it.decision = Decision::Commit;
-            it.phase = if self.config.graves { Phase::Committed } else { Phase::Done };
+            let checks = self.config.graves || self.is(Mutation::MarkersInsteadOfPins);
+            it.phase = if checks { Phase::Committed } else { Phase::Done };
             it.valid = Ids::NONE;
             next.adrift -= Ids::one(session);
             next.sent = Places::NONE;
@@ -261,7 +257,7 @@ impl Model {
     }
 
     /// Dying, and being resumed with nothing but the session's id and its pin.
-    fn resume(&self, state: &State, session: usize, steps: &mut Vec<(Step, State)>) {
+    fn resume(&self, state: &State, session: usize, steps: &mut Steps) {
         let it = &state.sessions[session];
         if matches!(it.phase, Phase::Pinned | Phase::Checked | Phase::Stored) {
             let may_have_sent = it.phase == Phase::Stored && it.decision == Decision::None;

@@ -1,9 +1,11 @@
 //! The protocol as it is: in no state that can be reached does anything go wrong.
 
+#![expect(clippy::print_stdout, reason = "what was explored, for those who ask: --nocapture")]
+
 use std::time::Instant;
 
 use petra_model::configurations::{
-    BORROWING, CHAIN, CHAIN_AND_GRAVES, COMPACTION, CONCURRENT, LARGE, RETRY, UNDELETE,
+    BORROWING, CHAIN, CHAIN_AND_GRAVES, CLONES, COMPACTION, CONCURRENT, LARGE, RETRY, UNDELETE,
 };
 use petra_model::{Config, Model, Property, explore, missed};
 
@@ -25,6 +27,11 @@ fn sound(config: Config, at_least: usize) {
 #[test]
 fn writers_collectors_deleter_and_clone() {
     sound(CONCURRENT, 2_000_000);
+}
+
+#[test]
+fn two_clones() {
+    sound(CLONES, 1_000_000);
 }
 
 #[test]
@@ -57,7 +64,7 @@ fn chained_compaction_and_graves() {
     sound(CHAIN_AND_GRAVES, 600_000);
 }
 
-/// Hours on a small machine, and gigabytes: `PETRA_MODEL=full`.
+/// Some minutes, and gigabytes of memory: `PETRA_MODEL=full`.
 #[test]
 fn larger_bounds() {
     if std::env::var_os("PETRA_MODEL").is_some_and(|bounds| bounds == "full") {

@@ -1,5 +1,7 @@
 //! Each step of the protocol is needed: without it, some state is wrong.
 
+#![expect(clippy::print_stdout, reason = "what was explored, for those who ask: --nocapture")]
+
 use petra_model::configurations::{
     BORROWING, CHAIN, CHAIN_AND_GRAVES, COMPACTION, CONCURRENT, RETRY, UNDELETE,
 };
@@ -77,6 +79,7 @@ caught! {
     abort_deletes_packs: AbortDeletesPacks in alone(CONCURRENT) => KeptIsReadable;
     abort_removed: AbortRemoved in alone(CONCURRENT) => KeptIsReadable;
     pin_of_undecided_removed: PinOfUndecidedRemoved in alone(CONCURRENT) => KeptIsReadable;
+    markers_instead_of_pins: MarkersInsteadOfPins in CONCURRENT => KeptIsReadable;
     purged_meanwhile_is_damage: PurgedMeanwhileIsDamage in CONCURRENT => NoFalseAlarm;
     purged_pinned_is_damage: PurgedPinnedIsDamage in alone(CONCURRENT) => NoFalseAlarm;
     purged_pinned_is_ignored: PurgedPinnedIsIgnored in CONCURRENT => KeptIsReadable;
@@ -103,4 +106,14 @@ caught! {
     pinned_graved: PinnedGraved in alone(UNDELETE) => PinnedIsReadable;
     chained_map_graved: ChainedMapGraved in alone(CHAIN_AND_GRAVES) => KeptIsReadable;
     live_map_graved: LiveMapGraved in alone(CHAIN_AND_GRAVES) => KeptIsReadable;
+}
+
+/// That it takes two collectors to break it shows that it is broken by what its test says.
+#[test]
+fn markers_are_sound_with_one_collector() {
+    let model = Model {
+        config: Config { clones: 0, ..alone(CONCURRENT) },
+        mutation: Some(Mutation::MarkersInsteadOfPins),
+    };
+    assert!(explore(model, &[Property::KeptIsReadable]).violation.is_none());
 }
