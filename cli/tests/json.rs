@@ -37,6 +37,8 @@ fn shapes() {
         "du ./repo",
         "restore ./repo#iris/run-1/later all/",
         "verify ./repo",
+        "verify ./repo --read-data --sample 50% --seed 7",
+        "repair ./repo",
         "rm ./repo#iris/run-1/initial",
         "gc ./repo --dry-run",
         "demo --dir demo",

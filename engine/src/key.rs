@@ -10,6 +10,7 @@
 //! | `ends/CLONE` | the clone needs its pin no longer |
 //! | `moves/PACK/SESSION` | a compaction that moves a pack: found by it, decided by `snaps/SESSION` |
 //! | `graves/SESSION` | ids of sessions, snapshots and clones whose small objects were removed |
+//! | `quarantine/KEY` | what a repair found in the place of a damaged object |
 //! | `runs/EXPERIMENT/RUN/SESSION` | where a session belongs: found by name, decided by `snaps/SESSION` |
 //!
 //! Keys are relative to the repository; stores add their prefix or directory.
@@ -37,6 +38,8 @@ pub const ENDS: &str = "ends/";
 pub const MOVES: &str = "moves/";
 /// The prefix of the lists of ids that are dead.
 pub const GRAVES: &str = "graves/";
+/// The prefix of what repairs set aside.
+pub const QUARANTINE: &str = "quarantine/";
 /// The prefix of the catalogue.
 pub const RUNS: &str = "runs/";
 
@@ -79,6 +82,11 @@ impl Key {
     /// A list of dead ids.
     pub fn grave(id: SnapshotId) -> Self {
         Self(format!("{GRAVES}{id}"))
+    }
+
+    /// Where a repair keeps what it found in the place of a damaged object.
+    pub fn quarantine(key: &Self) -> Self {
+        Self(format!("{QUARANTINE}{key}"))
     }
 
     /// A key from a listing.

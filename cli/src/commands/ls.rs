@@ -1,6 +1,7 @@
 //! `petra ls`.
 
 use petra_engine::record::SnapshotRecord;
+use petra_engine::repository::Listing;
 use petra_engine::{Item, Name, PetraUrl, Repository};
 use serde::Serialize;
 
@@ -86,10 +87,15 @@ async fn list(
             print(List::Volumes(volumes.collect()), volume_table(&record))
         }
         scope => {
-            let records = repository.snapshots(scope).await.at(url)?;
+            let Listing { records, unreadable } = repository.listing(scope).await.at(url)?;
             let text = snapshot_table(&records, recursive && !matches!(scope, Item::Run { .. }));
             let snapshots = records.iter().map(|record| view::Snapshot::new(at, record));
-            print(List::Snapshots(snapshots.collect()), text)
+            print(List::Snapshots(snapshots.collect()), text)?;
+            match unreadable.first() {
+                None => Ok(()),
+                Some((_, error)) => Err(Failure::engine(error, Some(url))
+                    .causes(unreadable.iter().skip(1).map(|(_, e)| e.to_string()).collect())),
+            }
         }
     }
 }

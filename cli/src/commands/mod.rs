@@ -8,6 +8,7 @@ mod info;
 mod init;
 mod ls;
 mod manual;
+mod repair;
 mod restore;
 mod rm;
 mod snapshot;
@@ -41,6 +42,8 @@ pub enum Command {
     Gc(gc::Gc),
     /// Check that everything snapshots need is there and undamaged
     Verify(verify::Verify),
+    /// Repair what can be repaired, and tell what is lost
+    Repair(repair::Repair),
     /// Show it all on a small volume in a temporary directory
     Demo(demo::Demo),
     /// Print a completion script for a shell
@@ -63,6 +66,7 @@ impl Command {
             Self::Rm(command) => command.run(session).await,
             Self::Gc(command) => command.run(session).await,
             Self::Verify(command) => command.run(session).await,
+            Self::Repair(command) => command.run(session).await,
             Self::Demo(command) => command.run(session).await,
             Self::Completions(command) => command.run(session),
             Self::Man(command) => command.run(session),

@@ -12,12 +12,15 @@ mod damage;
 mod faults;
 mod fixtures;
 mod found;
+mod heal;
 mod incremental;
 mod kill;
+mod repair;
 mod roundtrip;
 mod sendable;
 mod sources;
 mod traffic;
+mod verify;
 
 use tokio::runtime::Runtime;
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use petra_engine::collect::{CollectOptions, collect};
 use petra_engine::diff::diff;
 use petra_engine::record::VolumeRecord;
+use petra_engine::repair::{RepairOptions, repair};
 use petra_engine::restore::{RestoreOptions, restore, stream};
 use petra_engine::snapshot::{SnapshotRequest, snapshot};
 use petra_engine::store::Store;
@@ -33,6 +34,7 @@ fn all_operations(
         let sink = Box::new(std::io::sink());
         stream(&repo, &volume, sink, &RestoreOptions::default(), &ctx).await?;
         verify(&repo, &item, &VerifyOptions::default(), &ctx).await?;
+        repair(&repo, &RepairOptions::default(), &ctx).await?;
         usage(&repo, &item, &ctx).await?;
         diff(&repo, &volume, &volume, &ctx).await?;
         repo.delete(id, &ctx).await?;

@@ -268,7 +268,7 @@ impl Actor {
 
     async fn verify(&mut self) {
         let before = self.process.troubles();
-        let options = VerifyOptions { read_data: self.rng.bool() };
+        let options = VerifyOptions { read_data: self.rng.bool(), sample: None };
         self.process.note(format_args!("verify {options:?}"));
         match verify(&self.repo, &Item::Repository, &options, &self.ctx).await {
             Ok(report) => {
