@@ -39,6 +39,7 @@ fn shapes() {
         "verify ./repo",
         "verify ./repo --read-data --sample 50% --seed 7",
         "repair ./repo",
+        "copy ./repo#iris/run-1 ./new",
         "rm ./repo#iris/run-1/initial",
         "gc ./repo --dry-run",
         "demo --dir demo",

@@ -208,6 +208,31 @@ fn shells_and_manuals() {
 }
 
 #[test]
+fn copies_to_another_repository() {
+    let mut petra = Sandbox::with_story();
+    petra.ok("init ./other --chunking fixed-16k");
+    petra.forget();
+    petra.ok("copy ./repo#iris/run-1/initial ./other --dry-run");
+    let copy = petra.ok("copy ./repo#iris/run-1/initial ./other");
+    petra.ok("copy ./repo ./other");
+    petra.ok("copy ./repo#iris ./other");
+    petra.ok("ls ./other#iris/run-1");
+    petra.fails("copy ./repo ./repo", 2, &["the same repository"]);
+    petra.fails("copy ./repo ./other#iris", 2, &["is a part of a repository"]);
+    insta::assert_snapshot!("copies", petra.transcript());
+    assert!(copy.contains("/other#iris/run-1/0"), "{copy}");
+    petra.ok(&format!("restore {copy}/workspace a.img"));
+    petra.assert_same("a.img", "work-before.img");
+    petra.ok("restore ./other#iris/run-1/final/workspace b.img");
+    petra.assert_same("b.img", "work.img");
+    // A repository for each experiment.
+    petra.ok("init ./by-{experiment}#iris");
+    petra.ok("copy ./repo ./by-{experiment}");
+    petra.ok("restore ./by-{experiment}#iris/run-1/final/models c.img");
+    petra.assert_same("c.img", "models.img");
+}
+
+#[test]
 fn repairs_from_the_repository_and_from_a_volume() {
     let mut petra = Sandbox::with_story();
     petra.ok("repair ./repo");

@@ -1,5 +1,6 @@
 //! The commands: one module each, with its options, what it does and what it prints.
 
+mod copy;
 mod demo;
 mod diff;
 mod du;
@@ -42,6 +43,8 @@ pub enum Command {
     Gc(gc::Gc),
     /// Check that everything snapshots need is there and undamaged
     Verify(verify::Verify),
+    /// Copy snapshots to another repository, as far as it lacks them
+    Copy(copy::Copy),
     /// Repair what can be repaired, and tell what is lost
     Repair(repair::Repair),
     /// Show it all on a small volume in a temporary directory
@@ -66,6 +69,7 @@ impl Command {
             Self::Rm(command) => command.run(session).await,
             Self::Gc(command) => command.run(session).await,
             Self::Verify(command) => command.run(session).await,
+            Self::Copy(command) => command.run(session).await,
             Self::Repair(command) => command.run(session).await,
             Self::Demo(command) => command.run(session).await,
             Self::Completions(command) => command.run(session),

@@ -8,6 +8,7 @@
 
 mod collect;
 mod compact;
+mod copy;
 mod damage;
 mod faults;
 mod fixtures;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use petra_engine::collect::{CollectOptions, collect};
+use petra_engine::copy::{CopyOptions, copy};
 use petra_engine::diff::diff;
 use petra_engine::record::VolumeRecord;
 use petra_engine::repair::{RepairOptions, repair};
@@ -35,6 +36,7 @@ fn all_operations(
         stream(&repo, &volume, sink, &RestoreOptions::default(), &ctx).await?;
         verify(&repo, &item, &VerifyOptions::default(), &ctx).await?;
         repair(&repo, &RepairOptions::default(), &ctx).await?;
+        copy(&repo, &item, &repo, &CopyOptions::default(), &ctx).await?;
         usage(&repo, &item, &ctx).await?;
         diff(&repo, &volume, &volume, &ctx).await?;
         repo.delete(id, &ctx).await?;
