@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use petra_engine::record::{SnapshotRecord, SnapshotStats, VolumeRecord};
+use petra_engine::record::{Origin, SnapshotRecord, SnapshotStats, VolumeRecord};
 use petra_engine::{
     Digest, Item, Name, PetraUrl, RepositoryUrl, Selector, SnapshotId, SnapshotRef,
 };
@@ -26,6 +26,7 @@ pub struct Snapshot<'a> {
     message: Option<&'a str>,
     metadata: &'a BTreeMap<String, String>,
     parent: Option<SnapshotId>,
+    origin: Option<Origin>,
     volumes: Vec<Volume<'a>>,
     stats: &'a SnapshotStats,
 }
@@ -54,6 +55,7 @@ impl<'a> Snapshot<'a> {
             message: record.message.as_deref(),
             metadata: &record.metadata,
             parent: record.parent,
+            origin: record.origin,
             volumes: record.volumes.iter().map(|v| Volume::new(repository, record, v)).collect(),
             stats: &record.stats,
         }
@@ -97,15 +99,25 @@ pub fn snapshot_url(
     record: &SnapshotRecord,
     volume: Option<&Name>,
 ) -> String {
-    let snapshot = match Name::new("snapshot", record.id.to_string()) {
-        Ok(id) => SnapshotRef::InRun {
-            experiment: record.experiment.clone(),
-            run: record.run.clone(),
-            selector: Selector::Text(id),
-        },
-        // An id is always a name; the other form says the same.
-        Err(_) => SnapshotRef::Id(record.id),
-    };
+    let snapshot = by_id(&record.experiment, &record.run, record.id);
     let item = Item::Snapshot { snapshot, volume: volume.cloned() };
     PetraUrl { repository: repository.clone(), item }.to_string()
+}
+
+/// The URL of a snapshot of which no more is known than this.
+pub fn url_of(repository: &RepositoryUrl, experiment: &Name, run: &Name, id: SnapshotId) -> String {
+    let item = Item::Snapshot { snapshot: by_id(experiment, run, id), volume: None };
+    PetraUrl { repository: repository.clone(), item }.to_string()
+}
+
+fn by_id(experiment: &Name, run: &Name, id: SnapshotId) -> SnapshotRef {
+    match Name::new("snapshot", id.to_string()) {
+        Ok(text) => SnapshotRef::InRun {
+            experiment: experiment.clone(),
+            run: run.clone(),
+            selector: Selector::Text(text),
+        },
+        // An id is always a name; the other form says the same.
+        Err(_) => SnapshotRef::Id(id),
+    }
 }

@@ -206,3 +206,68 @@ fn shells_and_manuals() {
     assert!(petra.path("pages/petra.1").exists() && petra.path("pages/petra-restore.1").exists());
     insta::assert_snapshot!("help", petra.ok("--help"));
 }
+
+#[test]
+fn copies_to_another_repository() {
+    let mut petra = Sandbox::with_story();
+    petra.ok("init ./other --chunking fixed-16k");
+    petra.forget();
+    petra.ok("copy ./repo#iris/run-1/initial ./other --dry-run");
+    let copy = petra.ok("copy ./repo#iris/run-1/initial ./other");
+    petra.ok("copy ./repo ./other");
+    petra.ok("copy ./repo#iris ./other");
+    petra.ok("ls ./other#iris/run-1");
+    petra.fails("copy ./repo ./repo", 2, &["the same repository"]);
+    petra.fails("copy ./repo ./other#iris", 2, &["is a part of a repository"]);
+    insta::assert_snapshot!("copies", petra.transcript());
+    assert!(copy.contains("/other#iris/run-1/0"), "{copy}");
+    petra.ok(&format!("restore {copy}/workspace a.img"));
+    petra.assert_same("a.img", "work-before.img");
+    petra.ok("restore ./other#iris/run-1/final/workspace b.img");
+    petra.assert_same("b.img", "work.img");
+    // A repository for each experiment.
+    petra.ok("init ./by-{experiment}#iris");
+    petra.ok("copy ./repo ./by-{experiment}");
+    petra.ok("restore ./by-{experiment}#iris/run-1/final/models c.img");
+    petra.assert_same("c.img", "models.img");
+}
+
+#[test]
+fn repairs_from_the_repository_and_from_a_volume() {
+    let mut petra = Sandbox::with_story();
+    petra.ok("repair ./repo");
+    // The largest pack holds the data of the first snapshot.
+    let pack = common::objects(&petra.path("repo/packs")).remove(0);
+    let mut bytes = fs::read(&pack).unwrap();
+    bytes[1_500_000] ^= 1;
+    fs::write(&pack, bytes).unwrap();
+    let entry = common::objects(&petra.path("repo/runs")).remove(0);
+    fs::remove_file(entry).unwrap();
+    petra.fails("repair ./repo --dry-run", 3, &["1 problem left"]);
+    petra.fails("repair ./repo", 3, &["petra repair --source NAME=SOURCE"]);
+    petra.fails("repair ./repo", 3, &["1 problem left"]);
+    let healed = petra.ok("repair ./repo --source workspace=work-before.img");
+    assert!(healed.contains("healed from source workspace"), "{healed}");
+    assert_eq!(petra.ok("repair ./repo"), "nothing to repair");
+    petra.ok("verify --read-data ./repo");
+    petra.ok("restore ./repo#iris/run-1/initial/workspace a.img");
+    petra.assert_same("a.img", "work-before.img");
+    petra.fails("repair ./repo#iris", 2, &["is a part of a repository"]);
+    petra.fails("verify ./repo --sample 5%", 2, &["--read-data"]);
+    petra.fails("verify ./repo --read-data --sample 5", 2, &["write it as 5%"]);
+    let sampled = petra.ok("verify ./repo --read-data --sample 50% --seed 3");
+    assert!(sampled.contains("(50% by --seed 3)"), "{sampled}");
+}
+
+#[test]
+fn a_damaged_record_is_told_after_the_others() {
+    let mut petra = Sandbox::with_story();
+    let record = common::objects(&petra.path("repo/snaps")).remove(0);
+    let mut bytes = fs::read(&record).unwrap();
+    bytes[300] ^= 1;
+    fs::write(&record, bytes).unwrap();
+    let done = petra.run("ls ./repo#iris/run-1");
+    assert_eq!(done.code, 3, "{}", done.stderr);
+    assert_eq!(done.stdout.lines().count(), 2, "a heading and one snapshot:\n{}", done.stdout);
+    assert!(done.stderr.contains("is damaged"), "{}", done.stderr);
+}

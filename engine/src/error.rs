@@ -219,6 +219,12 @@ impl Error {
         matches!(self, Self::Missing { .. } | Self::Damaged { .. })
     }
 
+    /// True for errors about what one object holds: damage, or a version that this Petra does not know, which in the
+    /// midst of an older repository is most likely damage too.
+    pub fn is_unreadable(&self) -> bool {
+        self.is_damage() || matches!(self, Self::Version { .. })
+    }
+
     pub(crate) fn io(
         action: &'static str,
         path: impl Into<PathBuf>,

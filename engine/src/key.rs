@@ -11,6 +11,7 @@
 //! | `moves/PACK/SESSION` | a compaction that moves a pack: found by it, decided by `snaps/SESSION` |
 //! | `graves/SESSION` | ids of sessions, snapshots and clones whose small objects were removed |
 //! | `keys/ID` | the data key of an encrypted repository, wrapped for one secret |
+//! | `quarantine/KEY` | what a repair found in the place of a damaged object |
 //! | `runs/EXPERIMENT/RUN/SESSION` | where a session belongs: found by name, decided by `snaps/SESSION` |
 //! | `policies/N` | how long snapshots are kept; the highest number holds |
 //! | `probe/STAMP` | there for a moment, while a store is tried |
@@ -43,6 +44,8 @@ pub const MOVES: &str = "moves/";
 pub const GRAVES: &str = "graves/";
 /// The prefix of the wrapped data keys.
 pub const KEYS: &str = "keys/";
+/// The prefix of what repairs set aside.
+pub const QUARANTINE: &str = "quarantine/";
 /// The prefix of the catalogue.
 pub const RUNS: &str = "runs/";
 /// The prefix of all policies.
@@ -104,6 +107,11 @@ impl Key {
     /// The object of one probe.
     pub fn probe(stamp: &str) -> Self {
         Self(format!("{PROBE}{stamp}"))
+    }
+
+    /// Where a repair keeps what it found in the place of a damaged object.
+    pub fn quarantine(key: &Self) -> Self {
+        Self(format!("{QUARANTINE}{key}"))
     }
 
     /// A key from a listing.

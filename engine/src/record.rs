@@ -88,10 +88,24 @@ pub struct SnapshotRecord {
     /// The snapshot whose manifest was compared with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<SnapshotId>,
+    /// The snapshot that this one is a copy of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// What was snapshotted.
     pub volumes: Vec<VolumeRecord>,
     /// What it cost.
     pub stats: SnapshotStats,
+}
+
+/// Where a copied snapshot was first made: a copy of a copy has the same origin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The repository.
+    pub repository: SnapshotId,
+    /// The snapshot there.
+    pub snapshot: SnapshotId,
+    /// When that one was made.
+    pub created: Timestamp,
 }
 
 /// One volume of a snapshot.

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::format::block::{BlockKind, BlockRef};
 use crate::format::frame::FrameLocation;
 use crate::format::leaf::{Extent, Leaf};
-use crate::format::relocation::Relocation;
+use crate::format::relocation::{MovedBlock, Relocation};
 use crate::id::{PackId, SnapshotId};
 use crate::key::{self, Key};
 use crate::record::{Decision, RootRef};
@@ -122,7 +122,10 @@ impl Repository {
     pub(crate) async fn relocated_block(&self, block: &BlockRef) -> Result<Vec<BlockRef>> {
         let relocations = self.relocations(block.pack).await?;
         let moved = relocations.iter().filter_map(|copy| copy.to.block(block.offset, block.len));
-        Ok(moved.map(|to| BlockRef { pack: to.pack, offset: to.offset, ..*block }).collect())
+        let digest = block.digest;
+        let place =
+            |to: MovedBlock| BlockRef { digest, pack: to.pack, offset: to.offset, len: to.len };
+        Ok(moved.map(place).collect())
     }
 }
 
@@ -150,7 +153,8 @@ impl Relocator<'_> {
             for copy in copies.iter() {
                 if let Some(to) = copy.to.block(at.offset, at.len) {
                     self.packs.extend([to.pack, copy.table.pack]);
-                    next = Some(BlockRef { pack: to.pack, offset: to.offset, ..at });
+                    let (pack, offset, len) = (to.pack, to.offset, to.len);
+                    next = Some(BlockRef { pack, offset, len, ..at });
                 }
             }
             match next {
@@ -188,9 +192,9 @@ impl Relocator<'_> {
         for extent in &mut leaf.extents {
             let Extent::Chunk(chunk) = extent else { continue };
             let Some(frame) = leaf.frames.get(chunk.frame as usize).copied() else { continue };
+            let start = chunk.offset;
             for copy in copies.get(&frame.pack).into_iter().flat_map(|found| found.iter()) {
-                let Some((to, offset)) = copy.to.chunk(frame.offset, chunk.offset, chunk.len)
-                else {
+                let Some((to, offset)) = copy.to.chunk(frame.offset, start, chunk.len) else {
                     continue;
                 };
                 self.packs.insert(to.pack);

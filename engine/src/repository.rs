@@ -60,13 +60,22 @@ pub struct MarkState {
     pub at: Timestamp,
 }
 
+/// Snapshots of a scope, with those told apart whose records can't be read.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Oldest first.
+    pub records: Vec<SnapshotRecord>,
+    /// Sessions that are in the catalogue and decided, and why nothing more is known of them. Oldest first.
+    pub unreadable: Vec<(SnapshotId, Error)>,
+}
+
 /// A session in the catalogue.
 #[derive(Clone, Debug)]
-struct Listed {
-    experiment: String,
-    run: String,
-    session: SnapshotId,
-    key: Key,
+pub(crate) struct Listed {
+    pub(crate) experiment: String,
+    pub(crate) run: String,
+    pub(crate) session: SnapshotId,
+    pub(crate) key: Key,
 }
 
 impl Repository {
@@ -242,7 +251,14 @@ impl Repository {
     }
 
     /// Snapshots that are committed and not deleted, oldest first. `scope` is the repository, an experiment or a run.
+    /// Fails if the record of one of them can't be read.
     pub async fn snapshots(&self, scope: &Item) -> Result<Vec<SnapshotRecord>> {
+        let Listing { records, unreadable } = self.listing(scope).await?;
+        unreadable.into_iter().next().map_or(Ok(records), |(_, error)| Err(error))
+    }
+
+    /// Like [`snapshots`](Self::snapshots), but a damaged record costs no others.
+    pub async fn listing(&self, scope: &Item) -> Result<Listing> {
         let (prefix, experiment, run) = match scope {
             Item::Repository => (key::RUNS.to_owned(), None, None),
             Item::Experiment(experiment) => {
@@ -252,12 +268,15 @@ impl Repository {
                 (key::run_prefix(&self.keys, experiment, run), Some(experiment), Some(run))
             }
             Item::Snapshot { snapshot, .. } => {
-                return Ok(vec![Box::pin(self.find(snapshot)).await?]);
+                let records = vec![Box::pin(self.find(snapshot)).await?];
+                return Ok(Listing { records, unreadable: vec![] });
             }
         };
         let listed = self.listed(&prefix).await?;
-        let records = self.records(listed.into_iter().map(|entry| entry.session).collect()).await?;
-        if records.is_empty()
+        let sessions = listed.into_iter().map(|entry| entry.session).collect();
+        let listing = self.read_records(sessions).await?;
+        if listing.records.is_empty()
+            && listing.unreadable.is_empty()
             && let Some(experiment) = experiment
         {
             return Err(match run {
@@ -265,7 +284,7 @@ impl Repository {
                 None => self.unknown_experiment(experiment).await,
             });
         }
-        Ok(records)
+        Ok(listing)
     }
 
     /// The record of one snapshot.
@@ -320,10 +339,12 @@ impl Repository {
             return self.by_id(id, Some((experiment, run))).await;
         }
         let scope = Item::Run { experiment: experiment.clone(), run: run.clone() };
-        let records = self.snapshots(&scope).await?;
+        let Listing { records, unreadable } = self.listing(&scope).await?;
         if let Some(named) = records.iter().rev().find(|record| record.name.as_ref() == Some(text))
         {
-            return Ok(named.clone());
+            // What can't be read may be a newer snapshot of that name.
+            let newer = unreadable.into_iter().find(|(id, _)| *id > named.id);
+            return newer.map_or_else(|| Ok(named.clone()), |(_, error)| Err(error));
         }
         let within = format!("{experiment}/{run}");
         let fits = |record: &&SnapshotRecord| record.id.to_string().starts_with(text.as_str());
@@ -336,6 +357,9 @@ impl Repository {
                 matches: fitting.iter().map(|record| record.id).chain([last.id]).collect(),
             }),
             (None, _) => {
+                if let Some((_, error)) = unreadable.into_iter().next() {
+                    return Err(error);
+                }
                 let name =
                     |r: &SnapshotRecord| r.name.as_ref().map_or(r.id.to_string(), Name::to_string);
                 let known = records.iter().rev().map(name).collect();
@@ -387,13 +411,7 @@ impl Repository {
 
     /// What each marked snapshot's last mark says.
     pub async fn marks(&self) -> Result<BTreeMap<SnapshotId, MarkState>> {
-        let mut last = BTreeMap::new();
-        list_each(&*self.store, key::MARKS, |entry| {
-            if let Some(mark) = key::parse_numbered(&entry.key, key::MARKS) {
-                last.insert(mark.session, mark.number);
-            }
-        })
-        .await?;
+        let last = self.last_marks().await?;
         let read = last.into_iter().map(|(id, k)| async move {
             Ok::<_, Error>(self.read_mark(id, k).await?.map(|state| (id, state)))
         });
@@ -401,8 +419,20 @@ impl Repository {
         read.try_filter_map(|mark| async move { Ok(mark) }).try_collect().await
     }
 
+    /// The number of each marked snapshot's last mark.
+    pub(crate) async fn last_marks(&self) -> Result<BTreeMap<SnapshotId, u32>> {
+        let mut last = BTreeMap::new();
+        list_each(&*self.store, key::MARKS, |entry| {
+            if let Some(mark) = key::parse_numbered(&entry.key, key::MARKS) {
+                last.insert(mark.session, mark.number);
+            }
+        })
+        .await?;
+        Ok(last)
+    }
+
     /// A mark; None when it is gone, which it is only after the snapshot was buried.
-    async fn read_mark(&self, id: SnapshotId, k: u32) -> Result<Option<MarkState>> {
+    pub(crate) async fn read_mark(&self, id: SnapshotId, k: u32) -> Result<Option<MarkState>> {
         let key = Key::mark(id, k);
         let body = match self.store.get(&key).await {
             Ok(body) => body,
@@ -411,6 +441,19 @@ impl Repository {
         };
         let mark: Mark = self.unseal(kind::MARK, &key, &body)?;
         Ok(Some(MarkState { k, mark: mark.mark, at: mark.at }))
+    }
+
+    /// True when a snapshot with this last mark is not listed. Odd marks are Deletes, whatever can be read of them.
+    /// An even one that can't be read passes for an Undelete, since after a Purge the entry goes as well.
+    async fn hides(&self, id: SnapshotId, k: u32) -> Result<bool> {
+        if k % 2 == 1 {
+            return Ok(true);
+        }
+        match self.read_mark(id, k).await {
+            Ok(state) => Ok(state.is_none_or(|state| state.mark != MarkKind::Undelete)),
+            Err(error) if error.is_unreadable() => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     pub(crate) async fn last_mark(&self, id: SnapshotId) -> Result<Option<MarkState>> {
@@ -476,20 +519,32 @@ impl Repository {
         })
     }
 
-    /// Committed records of these sessions, oldest first.
-    pub(crate) async fn records(&self, sessions: Vec<SnapshotId>) -> Result<Vec<SnapshotRecord>> {
-        let read = sessions.into_iter().map(|session| self.committed(session));
-        let records = stream::iter(read).buffer_unordered(READS);
-        let mut records: Vec<_> =
-            records.try_filter_map(|record| async { Ok(record) }).try_collect().await?;
-        records.sort_by_key(|record: &SnapshotRecord| record.id);
-        Ok(records)
+    /// Committed records of these sessions.
+    async fn read_records(&self, sessions: Vec<SnapshotId>) -> Result<Listing> {
+        let read = sessions.into_iter().map(|id| async move { (id, self.committed(id).await) });
+        let mut read = stream::iter(read).buffer_unordered(READS);
+        let mut listing = Listing::default();
+        while let Some((id, record)) = read.next().await {
+            match record {
+                Ok(record) => listing.records.extend(record),
+                Err(error) if error.is_unreadable() => listing.unreadable.push((id, error)),
+                Err(error) => return Err(error),
+            }
+        }
+        listing.records.sort_by_key(|record| record.id);
+        listing.unreadable.sort_by_key(|(id, _)| *id);
+        Ok(listing)
+    }
+
+    /// Entries of the catalogue below a prefix.
+    pub(crate) async fn catalogue(&self, prefix: &str) -> Result<Vec<Listed>> {
+        let entries = list_all(&*self.store, prefix).await?;
+        Ok(entries.into_iter().filter_map(parse_listed).collect())
     }
 
     /// Sessions of the catalogue below a prefix that are decided and not deleted, by listings alone.
     async fn listed(&self, prefix: &str) -> Result<Vec<Listed>> {
-        let entries = list_all(&*self.store, prefix).await?;
-        let mut listed: Vec<Listed> = entries.into_iter().filter_map(parse_listed).collect();
+        let mut listed = self.catalogue(prefix).await?;
         if listed.is_empty() {
             return Ok(listed);
         }
@@ -498,12 +553,19 @@ impl Repository {
             .iter()
             .filter_map(|entry| key::parse_id(&entry.key, key::SNAPS))
             .collect();
-        let marks = self.marks().await?;
-        let gone =
-            |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark != MarkKind::Undelete);
+        let sessions: HashSet<SnapshotId> = listed.iter().map(|entry| entry.session).collect();
+        let marks = self.last_marks().await?.into_iter().filter(|(id, _)| sessions.contains(id));
+        let read = marks.map(|(id, k)| async move { (id, self.hides(id, k).await) });
+        let mut read = stream::iter(read).buffer_unordered(READS);
+        let mut gone = HashSet::new();
+        while let Some((id, hides)) = read.next().await {
+            if hides? {
+                gone.insert(id);
+            }
+        }
         let graves = self.graves().await?;
         listed.retain(|Listed { session, .. }| {
-            decided.contains(session) && !gone(session) && !graves.contains(*session)
+            decided.contains(session) && !gone.contains(session) && !graves.contains(*session)
         });
         Ok(listed)
     }
@@ -537,20 +599,6 @@ impl Repository {
             }
         }
         Ok(relatives)
-    }
-
-    /// Sessions below a scope that are decided and not deleted, aborted ones included.
-    pub(crate) async fn sessions(&self, scope: &Item) -> Result<Vec<SnapshotId>> {
-        let prefix = match scope {
-            Item::Experiment(experiment) => key::experiment_prefix(&self.keys, experiment),
-            Item::Run { experiment, run } => key::run_prefix(&self.keys, experiment, run),
-            Item::Snapshot { snapshot, .. } => return Ok(vec![self.find(snapshot).await?.id]),
-            Item::Repository => key::RUNS.to_owned(),
-        };
-        let listed = self.listed(&prefix).await?;
-        let mut sessions: Vec<SnapshotId> = listed.iter().map(|entry| entry.session).collect();
-        sessions.sort();
-        Ok(sessions)
     }
 
     async fn names(

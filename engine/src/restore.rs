@@ -31,10 +31,14 @@ use crate::repository::Repository;
 use crate::scan::is_zero;
 use crate::target::{FileTarget, Sink};
 use crate::tree::{self, SegmentLeaf};
+use crate::verify::describe as describe_damage;
 use crate::workers::Workers;
 
 /// Requests of at most [`crate::fetch::MAX_REQUEST`] bytes in memory at one time.
 const REQUESTS_IN_FLIGHT: usize = 8;
+
+/// The same for each reader of some chunks; there may be one on every thread.
+const READ_REQUESTS: usize = 2;
 
 /// How to restore.
 #[derive(Clone, Copy, Debug, Default)]
@@ -176,13 +180,13 @@ impl Sink for SegmentBuffer {
 
 /// A chunk's way from its frame to the volume.
 #[derive(Clone, Copy, Debug)]
-struct Placement {
-    id: ChunkId,
+pub(crate) struct Placement {
+    pub(crate) id: ChunkId,
     /// First byte within the raw frame.
-    offset: u32,
-    len: u32,
+    pub(crate) offset: u32,
+    pub(crate) len: u32,
     /// First byte within the volume.
-    target: u64,
+    pub(crate) target: u64,
 }
 
 impl Placement {
@@ -191,7 +195,7 @@ impl Placement {
     }
 }
 
-type FramePlan = (FrameLocation, Vec<Placement>);
+pub(crate) type FramePlan = (FrameLocation, Vec<Placement>);
 
 /// A running restore.
 pub(crate) struct Restore<'a> {
@@ -203,6 +207,7 @@ pub(crate) struct Restore<'a> {
     workers: Workers,
     segments: Vec<Child>,
     report: RestoreReport,
+    losses: Vec<(String, FramePlan)>,
     started_ms: u64,
 }
 
@@ -228,6 +233,7 @@ impl<'a> Restore<'a> {
             workers,
             segments: segments.leaves,
             report,
+            losses: Vec::new(),
             started_ms,
         };
         for unreadable in segments.unreadable {
@@ -361,7 +367,16 @@ impl<'a> Restore<'a> {
         self.report.gets += outcome.gets;
         self.report.fetched_bytes += outcome.fetched_bytes;
         self.report.written_bytes += outcome.written_bytes;
-        outcome.damaged.into_iter().try_for_each(|(error, ranges)| self.damage(error, ranges))
+        outcome.damaged.into_iter().try_for_each(|Loss { error, plan }| {
+            let ranges = ranges(&plan);
+            self.losses.push((describe_damage(&error).1, plan));
+            self.damage(error, ranges)
+        })
+    }
+
+    /// The chunks that could not be read since the last call: why, and the places that were tried last.
+    pub(crate) fn take_losses(&mut self) -> Vec<(String, FramePlan)> {
+        std::mem::take(&mut self.losses)
     }
 
     /// Damage that was found since the last call, when the restore keeps going.
@@ -376,6 +391,31 @@ impl<'a> Restore<'a> {
     }
 }
 
+/// Chunks of a frame that can't be read, and why.
+#[derive(Debug)]
+pub(crate) struct Loss {
+    pub(crate) error: Error,
+    pub(crate) plan: FramePlan,
+}
+
+/// Fetches, verifies and writes some chunks; gives how many bytes were fetched, and what can't be read.
+pub(crate) async fn read_chunks(
+    repo: &Repository,
+    plans: Vec<FramePlan>,
+    sink: Arc<dyn Sink>,
+    workers: &Workers,
+    ctx: &Context,
+) -> Result<(u64, Vec<Loss>)> {
+    let job = Job { repo: repo.clone(), sink, workers: workers.clone(), ctx: ctx.clone() };
+    let requests = coalesce(spans(plans)).into_iter().map(|request| job.run(request));
+    let mut outcomes = stream::iter(requests).buffer_unordered(READ_REQUESTS);
+    let mut all = Outcome::default();
+    while let Some(outcome) = outcomes.next().await {
+        all.add(outcome?);
+    }
+    Ok((all.fetched_bytes, all.damaged))
+}
+
 /// What fetching and writing needs.
 struct Job {
     repo: Repository,
@@ -385,69 +425,91 @@ struct Job {
 }
 
 impl Job {
-    /// Fetches, verifies and writes all that one request is for; where its pack was moved, from the new place.
+    /// Fetches, verifies and writes all that one request is for; what is missing or damaged there, from where it was
+    /// copied.
     async fn run(&self, request: Request<FramePlan>) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         let mut work = vec![(request, 0)];
         while let Some((request, moves)) = work.pop() {
+            let pack = request.pack;
             let fetched = tokio::select! {
                 biased;
                 () = self.ctx.cancel.cancelled() => Err(Error::Cancelled),
                 fetched = request.fetch(&self.repo, &self.ctx) => fetched,
             };
-            match fetched {
+            let losses = match fetched {
                 Ok(fetched) => {
                     let (keys, sink, ctx) =
                         (self.repo.keys().clone(), self.sink.clone(), self.ctx.clone());
                     let write = move || write_request(&request, &fetched, &keys, &*sink, &ctx);
-                    outcome.add(self.workers.run(&self.ctx, write).await?);
+                    let mut written = self.workers.run(&self.ctx, write).await?;
+                    let losses = std::mem::take(&mut written.damaged);
+                    outcome.add(written);
+                    losses
                 }
-                Err(Error::Missing { .. }) if moves < relocation::MAX_MOVES => {
-                    let moved = self.moved(request, &mut outcome).await?;
-                    work.extend(moved.into_iter().map(|request| (request, moves + 1)));
+                Err(error) if error.is_damage() => {
+                    outcome.gets += 1;
+                    let lost = |span: Span<_>| Loss { error: missing(pack), plan: span.tag };
+                    request.spans.into_iter().map(lost).collect()
                 }
-                Err(error) if error.is_damage() => outcome.add(Outcome::lost(error, &request)),
                 Err(error) => return Err(error),
+            };
+            if losses.is_empty() || moves == relocation::MAX_MOVES {
+                outcome.damaged.extend(losses);
+                continue;
             }
+            let moved = self.moved(pack, losses, &mut outcome).await?;
+            work.extend(moved.into_iter().map(|request| (request, moves + 1)));
         }
         Ok(outcome)
     }
 
-    /// Requests for the places to which compactions copied what a request is for.
+    /// Requests for the places to which compactions and repairs copied what is missing or damaged. What was not copied
+    /// stays lost.
     async fn moved(
         &self,
-        request: Request<FramePlan>,
+        pack: PackId,
+        losses: Vec<Loss>,
         outcome: &mut Outcome,
     ) -> Result<Vec<Request<FramePlan>>> {
-        let copies = match self.repo.relocations(request.pack).await {
-            Ok(copies) => copies,
-            Err(error) if error.is_damage() => {
-                outcome.add(Outcome::lost(error, &request));
-                return Ok(vec![]);
-            }
+        let (copies, damage) = match self.repo.relocations(pack).await {
+            Ok(copies) => (copies, None),
+            Err(error) if error.is_damage() => (Vec::new().into(), Some(describe_damage(&error))),
             Err(error) => return Err(error),
         };
         let mut moved: BTreeMap<(PackId, u32), FramePlan> = BTreeMap::new();
-        for span in &request.spans {
-            for placement in &span.tag.1 {
-                let at = (span.offset, placement.offset, placement.len);
+        for Loss { error, plan: (frame, placements) } in losses {
+            let mut left = Vec::new();
+            for placement in placements {
+                let at = (frame.offset, placement.offset, placement.len);
                 match copies.iter().find_map(|copy| copy.to.chunk(at.0, at.1, at.2)) {
                     Some((frame, offset)) => {
                         let plan =
                             moved.entry((frame.pack, frame.offset)).or_insert((frame, vec![]));
-                        plan.1.push(Placement { offset, ..*placement });
+                        plan.1.push(Placement { offset, ..placement });
                     }
-                    None => {
-                        let object = Key::pack(request.pack).to_string();
-                        let needed_by = "a committed snapshot".to_owned();
-                        let error = Error::Missing { object, needed_by };
-                        outcome.damaged.push((error, vec![placement.range()]));
-                    }
+                    None => left.push(placement),
                 }
             }
+            if left.is_empty() {
+                continue;
+            }
+            let error = match (&damage, error) {
+                // It is gone for a good reason, but what says where to can't be read.
+                (Some((object, detail)), Error::Missing { .. }) => {
+                    Error::Damaged { object: object.clone(), detail: detail.clone() }
+                }
+                (_, error) => error,
+            };
+            outcome.damaged.push(Loss { error, plan: (frame, left) });
         }
         Ok(coalesce(spans(moved.into_values().collect())))
     }
+}
+
+fn missing(pack: PackId) -> Error {
+    let (object, needed_by) = (Key::pack(pack).to_string(), "a committed snapshot".to_owned());
+    Error::Missing { object, needed_by }
 }
 
 fn spans(plans: Vec<FramePlan>) -> Vec<Span<FramePlan>> {
@@ -500,16 +562,10 @@ struct Outcome {
     fetched_bytes: u64,
     written_bytes: u64,
     gets: u64,
-    damaged: Vec<(Error, Vec<Range<u64>>)>,
+    damaged: Vec<Loss>,
 }
 
 impl Outcome {
-    /// Nothing came of a request.
-    fn lost(error: Error, request: &Request<FramePlan>) -> Self {
-        let ranges = request.spans.iter().flat_map(|span| ranges(&span.tag)).collect();
-        Self { gets: 1, damaged: vec![(error, ranges)], ..Self::default() }
-    }
-
     fn add(&mut self, other: Self) {
         self.fetched_bytes += other.fetched_bytes;
         self.written_bytes += other.written_bytes;
@@ -538,7 +594,7 @@ fn write_request(
                 .map_err(|error| error.of(object()))
         });
         if let Err(error) = decoded {
-            outcome.damaged.push((error, ranges(&span.tag)));
+            outcome.damaged.push(Loss { error, plan: span.tag.clone() });
             continue;
         }
         let mut whole = Vec::with_capacity(placements.len());
@@ -554,7 +610,7 @@ fn write_request(
             } else {
                 let detail = format!("chunk {} expected, other bytes found", placement.id);
                 let error = Error::Damaged { object: object(), detail };
-                outcome.damaged.push((error, vec![placement.range()]));
+                outcome.damaged.push(Loss { error, plan: (*location, vec![*placement]) });
             }
         }
         outcome.written_bytes += write_placements(&raw, whole, sink)?;

@@ -10,7 +10,7 @@ use crate::id::SnapshotId;
 use crate::key::Key;
 use crate::name::Name;
 use crate::publish::{Published, publish};
-use crate::record::{CatalogueEntry, Decision, Pin, PinOwner, SnapshotRecord, kind};
+use crate::record::{CatalogueEntry, Decision, Move, Pin, PinOwner, SnapshotRecord, kind};
 use crate::repository::{Repository, stamp};
 
 /// A session that is not decided yet.
@@ -72,7 +72,16 @@ impl Session {
 
     /// Commits. All packs must have been acknowledged.
     pub async fn commit(&mut self, snapshot: SnapshotRecord) -> Result<()> {
-        let decision = Decision::Commit { stamp: stamp(&self.ctx), snapshot: Box::new(snapshot) };
+        let (stamp, snapshot) = (stamp(&self.ctx), Box::new(snapshot));
+        self.decide(Decision::Commit { stamp, snapshot }).await
+    }
+
+    /// Commits where pieces of packs were copied. All packs and hints must have been acknowledged.
+    pub(crate) async fn commit_moves(&mut self, moves: Vec<Move>) -> Result<()> {
+        self.decide(Decision::Compaction { stamp: stamp(&self.ctx), moves }).await
+    }
+
+    async fn decide(&mut self, decision: Decision) -> Result<()> {
         let key = Key::snap(self.id);
         let body = self.repo.seal(kind::DECISION, &key, &decision)?;
         match publish(self.repo.store(), &key, body).await? {

@@ -10,6 +10,8 @@ use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
+use crate::format::leaf::Extent;
+use crate::id::SnapshotId;
 
 /// A volume to snapshot. Methods may block; they are called from worker threads.
 pub trait Source: Send + Sync + fmt::Debug {
@@ -29,6 +31,35 @@ pub trait Source: Send + Sync + fmt::Debug {
 
     /// Says that this range will be read soon.
     fn will_read(&self, _range: Range<u64>) {}
+
+    /// True when a segment certainly holds the same bytes as the same one of `parent`, the snapshot that is compared
+    /// with: then it is not read. Sources that know nothing of their past say no.
+    fn unchanged(&self, _segment: Range<u64>, _parent: SnapshotId) -> bool {
+        false
+    }
+
+    /// What a segment is made of, where that is known without reading it, cut and named as the repository of the new
+    /// snapshot does it. `frame` and `offset` of the chunks mean nothing. Only chunks that the repository lacks are
+    /// then read, by [`read_chunks`](Self::read_chunks).
+    fn extents(&self, _segment: Range<u64>) -> Result<Option<Vec<Extent>>> {
+        Ok(None)
+    }
+
+    /// Gives the bytes of some chunks, by address and length, one after the other. Their addresses ascend, within one
+    /// segment.
+    fn read_chunks(
+        &self,
+        chunks: &[(u64, u32)],
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut buf = Vec::new();
+        for (at, len) in chunks {
+            buf.resize(*len as usize, 0);
+            self.read_at(&mut buf, *at)?;
+            take(&buf)?;
+        }
+        Ok(())
+    }
 
     /// Checks, after all was read, that nothing has changed since the source was opened.
     fn check_unchanged(&self) -> Result<()>;

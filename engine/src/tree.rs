@@ -30,6 +30,10 @@ pub struct Unreadable {
     pub range: Range<u64>,
     /// Why.
     pub error: Error,
+    /// The node that is missing or damaged.
+    pub node: BlockRef,
+    /// Its level.
+    pub level: u8,
 }
 
 /// The leaves of a volume, one child for each segment.
@@ -67,21 +71,22 @@ pub async fn segments(repo: &Repository, volume: &VolumeRecord, ctx: &Context) -
         let mut below: Vec<_> = stream::iter(read).buffered(ctx.limits.requests).collect().await;
         let mut next = Vec::with_capacity(usize::try_from(total).unwrap_or_default());
         for ((n, result), child) in below.drain(..).zip(&children) {
-            match result {
-                Ok(grandchildren) => {
+            match (result, child) {
+                (Ok(grandchildren), child) => {
                     if let Child::Block(block) = child {
                         found.nodes.push(*block);
                     }
                     next.extend(grandchildren);
                 }
-                Err(error) if error.is_damage() || matches!(error, Error::Version { .. }) => {
+                (Err(error), Child::Block(node)) if error.is_unreadable() => {
                     let start = n as u64 * node_bytes;
                     let end = start.saturating_add(node_bytes).min(volume.len_bytes);
                     let count = (end - start).div_ceil(child_bytes) as usize;
                     next.resize(next.len() + count, Child::Zero);
-                    found.unreadable.push(Unreadable { range: start..end, error });
+                    let node = *node;
+                    found.unreadable.push(Unreadable { range: start..end, error, node, level });
                 }
-                Err(error) => return Err(error),
+                (Err(error), _) => return Err(error),
             }
         }
         children = next;
@@ -99,12 +104,43 @@ async fn read_node(
     ctx: &Context,
 ) -> Result<Node> {
     ctx.check()?;
+    read_as(repo, block, |bytes| {
+        let mut opened = Vec::new();
+        repo.keys()
+            .open(Piece::Block(BlockKind::Node), bytes, &mut opened)
+            .and_then(|bytes| Node::decode(bytes, level, children, block.digest))
+            .map_err(|error| error.of(describe(block)))
+    })
+    .await
+}
+
+/// Reads a block that may be damaged where it was written, and whole where it was copied.
+async fn read_as<T>(
+    repo: &Repository,
+    block: &BlockRef,
+    decode: impl Fn(&[u8]) -> Result<T>,
+) -> Result<T> {
     let bytes = read_block(repo, block).await?;
-    let mut opened = Vec::new();
-    repo.keys()
-        .open(Piece::Block(BlockKind::Node), &bytes, &mut opened)
-        .and_then(|bytes| Node::decode(bytes, level, children, block.digest))
-        .map_err(|error| error.of(describe(block)))
+    let decoded = decode(&bytes);
+    if !matches!(&decoded, Err(error) if error.is_unreadable()) {
+        return decoded;
+    }
+    let copies = match repo.relocated_block(block).await {
+        Err(error) if !error.is_damage() => return Err(error),
+        copies => copies.unwrap_or_default(),
+    };
+    for moved in copies {
+        match read_block(repo, &moved).await {
+            Ok(bytes) => {
+                if let Ok(decoded) = decode(&bytes) {
+                    return Ok(decoded);
+                }
+            }
+            Err(error) if error.is_unreadable() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    decoded
 }
 
 /// The bytes of the volume that a segment covers.
@@ -115,8 +151,7 @@ pub fn segment_range(volume_len: u64, segment: usize) -> Range<u64> {
 
 /// Reads one leaf.
 pub async fn read_leaf(repo: &Repository, block: &BlockRef, segment_bytes: u64) -> Result<Leaf> {
-    let bytes = read_block(repo, block).await?;
-    decode_leaf(repo, &bytes, block, segment_bytes)
+    read_as(repo, block, |bytes| decode_leaf(repo, bytes, block, segment_bytes)).await
 }
 
 /// Checks and reads one leaf.
@@ -200,22 +235,29 @@ pub async fn leaves(
                 let (position, block) = &span.tag;
                 let Some((segment, slot)) = leaves.get_mut(*position) else { continue };
                 let range = segment_range(volume_len, *segment);
-                if let Some(fetched) = &fetched {
-                    let bytes = fetched.span(span);
-                    *slot = bytes
+                *slot = match &fetched {
+                    Some(fetched) => fetched
+                        .span(span)
                         .and_then(|bytes| decode_leaf(repo, bytes, block, range.end - range.start))
-                        .map(Some);
+                        .map(Some),
+                    None => Err(missing(block)),
+                };
+                if !matches!(slot, Err(error) if error.is_unreadable()) {
                     continue;
                 }
-                // The pack is gone. A compaction may have copied the leaf.
-                let place = BlockRef { pack: span.pack, offset: span.offset, ..*block };
-                let moved = repo.relocated_block(&place).await;
-                match moved.map(|moved| moved.into_iter().next()) {
-                    Ok(Some(BlockRef { pack, offset, .. })) if moves < relocation::MAX_MOVES => {
-                        wanted.push(Span { pack, offset, ..*span });
+                // The pack is gone or damaged. A compaction or repair may have copied the leaf.
+                let Span { pack, offset, len, .. } = *span;
+                let place = BlockRef { pack, offset, len, ..*block };
+                match repo.relocated_block(&place).await {
+                    Ok(moved) => {
+                        if let Some(BlockRef { pack, offset, len, .. }) =
+                            moved.into_iter().next().filter(|_| moves < relocation::MAX_MOVES)
+                        {
+                            wanted.push(Span { pack, offset, len, ..*span });
+                        }
                     }
-                    Ok(_) => *slot = Err(missing(block)),
-                    Err(error) if error.is_damage() => *slot = Err(error),
+                    Err(error) if error.is_damage() && fetched.is_none() => *slot = Err(error),
+                    Err(error) if error.is_damage() => {}
                     Err(error) => return Err(error),
                 }
             }

@@ -1,8 +1,9 @@
 //! Checking that every snapshot can be restored.
 //!
-//! The structure check reads all manifests and sees that every frame lies in a pack that is there and long enough.
-//! With `read_data` it also goes through the motions of restoring every segment, writing nowhere, so that each
-//! chunk is decompressed and hashed. Segments that snapshots share are checked once.
+//! The structure check reads all small objects and manifests, and sees that every frame lies in a pack that is there
+//! and long enough. With `read_data` it also goes through the motions of restoring every segment, writing nowhere, so
+//! that each chunk is decompressed and hashed; with a sample, only those of some frames. Segments that snapshots
+//! share are checked once.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::Range;
@@ -14,17 +15,21 @@ use serde::Serialize;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::block::BlockRef;
+use crate::format::frame::FrameLocation;
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::Child;
 use crate::format::pack::{self, TRAILER_BYTES};
 use crate::id::{Digest, PackId, SnapshotId};
 use crate::key::{self, Key};
+use crate::listings::{self, Finding};
 use crate::name::Name;
 use crate::record::{SnapshotRecord, VolumeRecord};
 use crate::relocation::Relocator;
 use crate::repository::Repository;
 use crate::restore::{ByteRange, Restore, join};
+use crate::sample::Sample;
 use crate::store::list_all;
+use crate::survey::Survey;
 use crate::target::Sink;
 use crate::tree::{self, SegmentLeaf};
 use crate::url::Item;
@@ -32,8 +37,10 @@ use crate::url::Item;
 /// How deep to look.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct VerifyOptions {
-    /// Read and verify all data, not only the manifests.
+    /// Read and verify data, not only the manifests.
     pub read_data: bool,
+    /// Of the data, only this part.
+    pub sample: Option<Sample>,
 }
 
 /// What a verification found.
@@ -43,8 +50,12 @@ pub struct VerifyReport {
     pub snapshots: u64,
     /// Packs that they refer to.
     pub packs: u64,
+    /// Bytes of data in them; what they share counts once for each segment that differs.
+    pub data_bytes: u64,
     /// Bytes of data that were read and verified.
     pub checked_bytes: u64,
+    /// Which part of the data was chosen, if not all of it.
+    pub sample: Option<Sample>,
     /// Objects that are missing or damaged. Empty when all is well.
     pub problems: Vec<Problem>,
 }
@@ -75,13 +86,19 @@ pub struct Affected {
     pub ranges: Vec<ByteRange>,
 }
 
-/// Checks the snapshots of `scope`.
+/// Checks the snapshots of `scope`. Damage of any object is in the report; other errors end the call.
 pub async fn verify(
     repo: &Repository,
     scope: &Item,
     options: &VerifyOptions,
     ctx: &Context,
 ) -> Result<VerifyReport> {
+    let only = match scope {
+        Item::Snapshot { snapshot, .. } => Some(repo.find(snapshot).await?.id),
+        _ => None,
+    };
+    let survey = Survey::read(repo, ctx).await?;
+    // Only now: the packs of a snapshot are there before it is.
     let mut packs = HashMap::new();
     for entry in list_all(repo.store(), key::PACKS).await? {
         if let Some(pack) = key::parse_numbered(&entry.key, key::PACKS) {
@@ -93,25 +110,27 @@ pub async fn verify(
         options,
         ctx,
         packs,
+        quarantined: repo.quarantined().await?,
         used: HashSet::new(),
         sound: HashSet::new(),
         broken: HashMap::new(),
-        report: VerifyReport::default(),
+        report: VerifyReport { sample: options.sample, ..VerifyReport::default() },
     };
-    for session in repo.sessions(scope).await? {
-        match repo.committed(session).await {
-            Ok(Some(record)) => {
-                check.report.snapshots += 1;
-                for volume in &record.volumes {
-                    check.volume(&record, volume).await?;
-                }
-            }
-            Ok(None) => {}
-            Err(error) if error.is_damage() => {
-                let (object, detail) = describe(&error);
-                check.report.problems.push(Problem { object, detail, affected: vec![] });
-            }
-            Err(error) => return Err(error),
+    let within = |id| only.map_or_else(|| survey.is_within(id, scope), |only| only == id);
+    check.small_objects(&survey, *scope == Item::Repository, within);
+    for record in survey.committed().filter(|record| within(record.id)) {
+        if survey.is_deleted(record.id) {
+            continue;
+        }
+        check.report.snapshots += 1;
+        let known = check.report.problems.clone();
+        for volume in &record.volumes {
+            check.volume(record, volume).await?;
+        }
+        // A snapshot that was purged under way may have lost its data, which is no damage.
+        if check.report.problems != known && repo.is_purged(record.id).await.unwrap_or(false) {
+            check.report.problems = known;
+            check.report.snapshots -= 1;
         }
     }
     if options.read_data {
@@ -133,6 +152,8 @@ struct Check<'a> {
     ctx: &'a Context,
     /// All packs and their lengths.
     packs: HashMap<PackId, u64>,
+    /// Those that a repair has set aside: what it healed of them is looked for in the copies.
+    quarantined: HashSet<PackId>,
     used: HashSet<PackId>,
     sound: HashSet<LeafKey>,
     broken: HashMap<LeafKey, Vec<Broken>>,
@@ -140,6 +161,42 @@ struct Check<'a> {
 }
 
 impl Check<'_> {
+    /// Notes what can't be read, and committed snapshots that the catalogue does not lead to.
+    fn small_objects(
+        &mut self,
+        survey: &Survey,
+        is_whole: bool,
+        within: impl Fn(SnapshotId) -> bool,
+    ) {
+        let mut note = |error: &Error| {
+            let (object, detail) = describe(error);
+            self.report.problems.push(Problem { object, detail, affected: vec![] });
+        };
+        for (id, decision) in &survey.decisions {
+            if let (Err(error), true) = (decision, within(*id)) {
+                note(error);
+            }
+        }
+        for (id, (_, state)) in &survey.marks {
+            if let (Err(error), true) = (state, within(*id)) {
+                note(error);
+            }
+        }
+        for (.., pin) in survey.pins.iter().filter(|_| is_whole) {
+            if let Err(error) = pin {
+                note(error);
+            }
+        }
+        for finding in listings::findings(survey) {
+            if let Finding::Lost { record, key, detail } = finding
+                && within(record.id)
+            {
+                let object = key.to_string();
+                self.report.problems.push(Problem { object, detail, affected: vec![] });
+            }
+        }
+    }
+
     async fn volume(&mut self, record: &SnapshotRecord, volume: &VolumeRecord) -> Result<()> {
         let sink: Arc<dyn Sink> = Arc::new(Nowhere);
         let mut walk = Restore::begin(self.repo, volume, sink, true, self.ctx).await?;
@@ -166,10 +223,16 @@ impl Check<'_> {
             let checked: Vec<usize> = fresh.iter().map(|(segment, _)| *segment).collect();
             let mut leaves = Vec::with_capacity(fresh.len());
             for (segment, leaf) in walk.leaves(fresh).await? {
+                if let Ok(Some(leaf)) = &leaf {
+                    self.report.data_bytes += leaf.data_bytes();
+                }
                 let leaf = self.relocate(leaf).await?;
-                let (leaf, broken) = self.structure(leaf);
+                let (mut leaf, broken) = self.structure(leaf);
                 if let Some(key) = keys.get(&segment).filter(|_| !broken.is_empty()) {
                     self.broken.insert(*key, broken);
+                }
+                if let (Some(sample), Ok(Some(leaf))) = (self.options.sample, &mut leaf) {
+                    keep_frames(leaf, |frame| sample.has(frame.pack, frame.offset));
                 }
                 if self.options.read_data {
                     leaves.push((segment, leaf));
@@ -201,7 +264,7 @@ impl Check<'_> {
 
     /// The packs that hold a block: its own, or those that compactions copied it to.
     async fn places(&self, block: BlockRef) -> Result<BTreeSet<PackId>> {
-        let is_there = |pack| self.packs.contains_key(&pack);
+        let is_there = |pack| self.is_sound(pack);
         let mut now = Relocator { repo: self.repo, is_there: &is_there, packs: BTreeSet::new() };
         // Reading it says what is wrong, if anything is.
         match now.block(block).await {
@@ -215,7 +278,7 @@ impl Check<'_> {
     /// A leaf with its chunks where they are now.
     async fn relocate(&mut self, leaf: SegmentLeaf) -> Result<SegmentLeaf> {
         let Ok(Some(leaf)) = leaf else { return Ok(leaf) };
-        let is_there = |pack| self.packs.contains_key(&pack);
+        let is_there = |pack| self.is_sound(pack);
         let mut now = Relocator { repo: self.repo, is_there: &is_there, packs: BTreeSet::new() };
         let leaf = match now.leaf(leaf).await {
             Err(error) if !error.is_damage() => return Err(error),
@@ -226,12 +289,19 @@ impl Check<'_> {
         Ok(leaf)
     }
 
-    /// Checks the footers of all packs that are used. No snapshot needs them; repairs do.
+    /// True for packs that are there and not set aside.
+    fn is_sound(&self, pack: PackId) -> bool {
+        self.packs.contains_key(&pack) && !self.quarantined.contains(&pack)
+    }
+
+    /// Checks the footers of all packs that are used. No snapshot needs them, but they tell of damage. That of packs
+    /// that a repair has set aside is known.
     async fn footers(&mut self) -> Result<()> {
-        let mut used: Vec<PackId> = self.used.iter().copied().collect();
+        let mut used: Vec<PackId> = self.used.difference(&self.quarantined).copied().collect();
         used.sort();
         let this = &*self;
-        let read = used.into_iter().filter_map(|pack| {
+        let chosen = |pack| self.options.sample.is_none_or(|sample| sample.has(pack, 0));
+        let read = used.into_iter().filter(|pack| chosen(*pack)).filter_map(|pack| {
             let len = *this.packs.get(&pack)?;
             Some(async move { (pack, this.footer(pack, len).await) })
         });
@@ -279,17 +349,7 @@ impl Check<'_> {
         self.used.extend(leaf.frames.iter().map(|frame| frame.pack));
         let bad: HashMap<u32, String> = (0..)
             .zip(&leaf.frames)
-            .filter_map(|(n, frame)| {
-                let end = u64::from(frame.offset) + u64::from(frame.stored_len);
-                let why = match self.packs.get(&frame.pack) {
-                    None => "it is missing".to_owned(),
-                    Some(len) if end + TRAILER_BYTES as u64 > *len => {
-                        format!("it has {len} bytes, and a frame ends at {end}")
-                    }
-                    Some(_) => return None,
-                };
-                Some((n, why))
-            })
+            .filter_map(|(n, frame)| Some((n, misplaced(&self.packs, frame)?)))
             .collect();
         if bad.is_empty() {
             return (Ok(Some(leaf)), broken);
@@ -309,7 +369,8 @@ impl Check<'_> {
                 None => broken.push((object, detail, vec![range])),
             }
         }
-        drop_chunks(&mut leaf, &bad);
+        let packs = &self.packs;
+        keep_frames(&mut leaf, |frame| misplaced(packs, frame).is_none());
         (Ok(Some(leaf)), broken)
     }
 
@@ -371,7 +432,8 @@ impl Check<'_> {
     }
 }
 
-fn describe(error: &Error) -> (String, String) {
+/// The object that an error is about, and what is wrong with it.
+pub(crate) fn describe(error: &Error) -> (String, String) {
     match error {
         Error::Missing { object, .. } => (object.clone(), "it is missing".to_owned()),
         Error::Damaged { object, detail } => (object.clone(), detail.clone()),
@@ -380,10 +442,24 @@ fn describe(error: &Error) -> (String, String) {
     }
 }
 
-fn drop_chunks(leaf: &mut Leaf, bad: &HashMap<u32, String>) {
+/// Why a frame can't be where its leaf says.
+fn misplaced(packs: &HashMap<PackId, u64>, frame: &FrameLocation) -> Option<String> {
+    let end = u64::from(frame.offset) + u64::from(frame.stored_len);
+    match packs.get(&frame.pack) {
+        None => Some("it is missing".to_owned()),
+        Some(len) if end + TRAILER_BYTES as u64 > *len => {
+            Some(format!("it has {len} bytes, and a frame ends at {end}"))
+        }
+        Some(_) => None,
+    }
+}
+
+/// Takes chunks of all other frames for zeros.
+fn keep_frames(leaf: &mut Leaf, keep: impl Fn(&FrameLocation) -> bool) {
+    let kept: Vec<bool> = leaf.frames.iter().map(keep).collect();
     for extent in &mut leaf.extents {
         if let Extent::Chunk(chunk) = extent
-            && bad.contains_key(&chunk.frame)
+            && kept.get(chunk.frame as usize) != Some(&true)
         {
             *extent = Extent::Zero { len: chunk.len };
         }

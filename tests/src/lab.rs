@@ -107,7 +107,7 @@ pub async fn check_rest(
 
 /// A verification of everything.
 pub async fn verify_all(repo: &Repository, read_data: bool) -> Result<VerifyReport> {
-    verify(repo, &Item::Repository, &VerifyOptions { read_data }, &context()).await
+    verify(repo, &Item::Repository, &VerifyOptions { read_data, sample: None }, &context()).await
 }
 
 /// A collection without any patience.

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use petra_engine::marks::{self, DEFAULT_GRACE};
 use petra_engine::record::SnapshotRecord;
+use petra_engine::repository::Listing;
 use petra_engine::{Item, Name, PetraUrl, Repository};
 use serde::Serialize;
 
@@ -153,10 +154,15 @@ async fn list(
             print(List::Volumes(volumes.collect()), volume_table(&record))
         }
         scope => {
-            let records = repository.snapshots(scope).await.at(url)?;
+            let Listing { records, unreadable } = repository.listing(scope).await.at(url)?;
             let text = snapshot_table(&records, recursive && !matches!(scope, Item::Run { .. }));
             let snapshots = records.iter().map(|record| view::Snapshot::new(at, record));
-            print(List::Snapshots(snapshots.collect()), text)
+            print(List::Snapshots(snapshots.collect()), text)?;
+            match unreadable.first() {
+                None => Ok(()),
+                Some((_, error)) => Err(Failure::engine(error, Some(url))
+                    .causes(unreadable.iter().skip(1).map(|(_, e)| e.to_string()).collect())),
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The commands: one module each, with its options, what it does and what it prints.
 
+mod copy;
 mod demo;
 mod diff;
 mod du;
@@ -11,6 +12,7 @@ mod ls;
 mod manual;
 mod policy;
 mod prune;
+mod repair;
 mod restore;
 mod rm;
 mod snapshot;
@@ -53,6 +55,10 @@ pub enum Command {
     Verify(verify::Verify),
     /// List, add, remove and change the keys of an encrypted repository
     Key(key::Key),
+    /// Copy snapshots to another repository, as far as it lacks them
+    Copy(copy::Copy),
+    /// Repair what can be repaired, and tell what is lost
+    Repair(repair::Repair),
     /// Show it all on a small volume in a temporary directory
     Demo(demo::Demo),
     /// Print a completion script for a shell
@@ -79,6 +85,8 @@ impl Command {
             Self::Gc(command) => command.run(session).await,
             Self::Verify(command) => command.run(session).await,
             Self::Key(command) => command.run(session).await,
+            Self::Copy(command) => command.run(session).await,
+            Self::Repair(command) => command.run(session).await,
             Self::Demo(command) => command.run(session).await,
             Self::Completions(command) => command.run(session),
             Self::Man(command) => command.run(session),

@@ -124,7 +124,7 @@ fn not_a_run(url: &PetraUrl) -> Failure {
 }
 
 /// Volumes and their sources. What has no name becomes the workspace, then a data volume.
-fn named(sources: &[OsString]) -> Result<Vec<(Name, PathBuf)>, Failure> {
+pub(super) fn named(sources: &[OsString]) -> Result<Vec<(Name, PathBuf)>, Failure> {
     let mut volumes: Vec<(Name, PathBuf)> = vec![];
     let mut unnamed = 0;
     for source in sources {

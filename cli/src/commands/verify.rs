@@ -1,5 +1,6 @@
 //! `petra verify`.
 
+use petra_engine::sample::{Sample, Share};
 use petra_engine::verify::{Affected, Problem, VerifyOptions, VerifyReport, verify};
 use serde::Serialize;
 
@@ -15,9 +16,15 @@ pub struct Verify {
     /// A repository, experiment, run or snapshot
     #[arg(value_name = "URL")]
     url: String,
-    /// Read and check all data too, not only what describes it
+    /// Read and check data too, not only what describes it
     #[arg(long)]
     read_data: bool,
+    /// Of the data, read only this share (such as 5%), chosen by chance: repeated, everything is read in the end
+    #[arg(long, value_name = "SHARE", requires = "read_data")]
+    sample: Option<Share>,
+    /// Choose the same sample as a verification that printed this seed
+    #[arg(long, value_name = "N", requires = "sample")]
+    seed: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -32,8 +39,11 @@ impl Verify {
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
         let url = session.url(&self.url)?;
         let repository = session.open(&url).await?;
-        let options = VerifyOptions { read_data: self.read_data };
         let activity = session.activity("verify");
+        let random = || activity.context.host.random() as u32;
+        let seed = self.seed.unwrap_or_else(random);
+        let sample = self.sample.map(|share| Sample { share, seed });
+        let options = VerifyOptions { read_data: self.read_data, sample };
         let report = verify(&repository, &url.item, &options, &activity.context).await.at(&url)?;
         if report.snapshots == 0 && report.problems.is_empty() {
             lookup::exists(&repository, &url).await?;
@@ -56,10 +66,14 @@ impl Verify {
 
 fn text(report: &VerifyReport, read_data: bool) -> String {
     let mut out: String = report.problems.iter().map(problem).collect();
-    let read = if read_data {
-        format!(", {} of data read", bytes(report.checked_bytes))
-    } else {
-        String::new()
+    let read = match report.sample {
+        _ if !read_data => String::new(),
+        None => format!(", {} of data read", bytes(report.checked_bytes)),
+        Some(Sample { share, seed }) => format!(
+            ", {} of {} of data read ({share} by --seed {seed})",
+            bytes(report.checked_bytes),
+            bytes(report.data_bytes)
+        ),
     };
     let found = match report.problems.len() {
         0 => "no problems".to_owned(),
@@ -70,7 +84,8 @@ fn text(report: &VerifyReport, read_data: bool) -> String {
     out
 }
 
-fn problem(problem: &Problem) -> String {
+/// A problem, and whom it hits.
+pub(super) fn problem(problem: &Problem) -> String {
     let mut out = format!("{}: {}\n", problem.object, problem.detail);
     for Affected { snapshot, experiment, run, volume, ranges: affected } in &problem.affected {
         out += &format!("  {experiment}/{run}/{snapshot}/{volume}: {}\n", ranges(affected));

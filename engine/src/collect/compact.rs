@@ -260,7 +260,7 @@ enum Source {
 }
 
 /// Puts pieces together to new frames and packs, and remembers where they came from.
-struct Copier {
+pub(crate) struct Copier {
     session: SnapshotId,
     keys: Keys,
     ctx: Context,
@@ -282,7 +282,7 @@ struct Copier {
 }
 
 impl Copier {
-    fn new(session: SnapshotId, keys: &Keys, ctx: &Context) -> Result<Self> {
+    pub(crate) fn new(session: SnapshotId, keys: &Keys, ctx: &Context) -> Result<Self> {
         Ok(Self {
             session,
             keys: keys.clone(),
@@ -308,25 +308,36 @@ impl Copier {
         for span in &request.spans {
             let stored = fetched.span(span)?;
             match &span.tag {
-                Source::Block(kind) => self.take_block(span, *kind, stored),
+                Source::Block(kind) => {
+                    self.add_block(span.pack, span.offset, span.len, *kind, stored);
+                }
                 Source::Frame(frame) => self.take_frame(span, frame, stored)?,
             }
         }
         Ok(())
     }
 
-    fn take_block(&mut self, span: &Span<Source>, kind: BlockKind, block: &[u8]) {
+    /// Adds a manifest block that says what one of `source` said.
+    pub(crate) fn add_block(
+        &mut self,
+        source: PackId,
+        old_offset: u32,
+        old_len: u32,
+        kind: BlockKind,
+        block: &[u8],
+    ) {
         let pack = self.open(PackKind::Manifest);
         let moved = MovedBlock {
-            old_offset: span.offset,
-            len: span.len,
+            old_offset,
+            old_len,
             pack: pack.id(),
             offset: pack.add_block(kind, block),
+            len: block.len() as u32,
         };
         if pack.is_full() {
             self.complete.extend(self.manifest.take().map(PackBuilder::finish));
         }
-        self.relocation(span.pack).blocks.push(moved);
+        self.relocation(source).blocks.push(moved);
     }
 
     fn take_frame(
@@ -348,31 +359,42 @@ impl Copier {
                 let detail = format!("chunk {id} expected, other bytes found");
                 return Err(Error::Damaged { object: object(), detail });
             }
-            if self.raw.len() + bytes.len() > frame::TARGET_BYTES {
-                self.flush();
-            }
-            let run = Run {
-                old_frame: span.offset,
-                old_start: *old_start,
-                len: *len,
-                frame: 0,
-                start: self.raw.len() as u32,
-            };
-            self.raw.extend_from_slice(bytes);
-            self.chunk_lens.push(*len);
-            match self.waiting.last_mut() {
-                Some((pack, last))
-                    if *pack == span.pack
-                        && last.old_frame == run.old_frame
-                        && last.old_start + last.len == run.old_start =>
-                {
-                    last.len += run.len;
-                }
-                _ => self.waiting.push((span.pack, run)),
-            }
+            self.add_chunk(span.pack, span.offset, *old_start, bytes);
         }
         self.decoded = decoded;
         Ok(())
+    }
+
+    /// Adds a chunk that was, or should have been, in a frame of `source`.
+    pub(crate) fn add_chunk(
+        &mut self,
+        source: PackId,
+        old_frame: u32,
+        old_start: u32,
+        bytes: &[u8],
+    ) {
+        if self.raw.len() + bytes.len() > frame::TARGET_BYTES {
+            self.flush();
+        }
+        let (len, start) = (bytes.len() as u32, self.raw.len() as u32);
+        let run = Run { old_frame, old_start, len, frame: 0, start };
+        self.raw.extend_from_slice(bytes);
+        self.chunk_lens.push(len);
+        match self.waiting.last_mut() {
+            Some((pack, last))
+                if *pack == source
+                    && last.old_frame == run.old_frame
+                    && last.old_start + last.len == run.old_start =>
+            {
+                last.len += run.len;
+            }
+            _ => self.waiting.push((source, run)),
+        }
+    }
+
+    /// The packs that are complete, to be stored.
+    pub(crate) fn take_complete(&mut self) -> Vec<(PackId, Vec<u8>)> {
+        std::mem::take(&mut self.complete)
     }
 
     /// Compresses the open frame and puts it into the open pack.
@@ -413,10 +435,12 @@ impl Copier {
     }
 
     /// Closes all packs, and says what was moved.
-    fn finish(&mut self) -> Vec<Move> {
+    pub(crate) fn finish(&mut self) -> Vec<Move> {
         self.flush();
         let mut moves = Vec::new();
-        for relocation in std::mem::take(&mut self.relocations).into_values() {
+        for mut relocation in std::mem::take(&mut self.relocations).into_values() {
+            relocation.runs.sort_unstable_by_key(|run| (run.old_frame, run.old_start));
+            relocation.blocks.sort_unstable_by_key(|block| block.old_offset);
             let (kind, mut block) = (BlockKind::Relocation, relocation.encode());
             self.keys.seal(crypto::Piece::Block(kind), &mut block, &*self.ctx.host);
             let pack = self.open(PackKind::Manifest);

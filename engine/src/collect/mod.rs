@@ -29,6 +29,8 @@ mod sweep;
 mod view;
 mod walk;
 
+pub(crate) use compact::Copier;
+
 use inventory::Inventory;
 use view::View;
 use walk::Walk;

@@ -49,7 +49,11 @@ impl Piece {
     fn moved(&self, relocation: &Relocation) -> Option<Self> {
         match *self {
             Self::Block(kind, block) => relocation.block(block.offset, block.len).map(|to| {
-                Self::Block(kind, BlockRef { pack: to.pack, offset: to.offset, ..block })
+                let digest = block.digest;
+                Self::Block(
+                    kind,
+                    BlockRef { digest, pack: to.pack, offset: to.offset, len: to.len },
+                )
             }),
             Self::Chunk { id, frame, offset, len } => relocation
                 .chunk(frame.offset, offset, len)

@@ -6,7 +6,7 @@
 //! | packs | count, then 20 bytes each |
 //! | frames | count, then four varints each, as in a leaf: the new frames |
 //! | runs | count, then five varints each: offset of the old frame, first byte in it, length, new frame, first byte in that |
-//! | blocks | count, then four varints each: old offset, length, pack, new offset |
+//! | blocks | count, then five varints each: old offset, old length, pack, new offset, new length |
 //!
 //! Leaves and nodes never change, so they go on to name the old pack. Whoever finds it gone looks the new place up
 //! here. Data packs have runs, manifest packs have blocks.
@@ -45,17 +45,20 @@ pub struct Run {
     pub start: u32,
 }
 
-/// A manifest block. Its bytes are the same in both places.
+/// A manifest block. It says the same in both places; its bytes differ where a repair put another block of the same
+/// content in the place of a damaged one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MovedBlock {
     /// Offset in the old pack.
     pub old_offset: u32,
-    /// Bytes with the header.
-    pub len: u32,
+    /// Bytes there, with the header.
+    pub old_len: u32,
     /// The pack that has it now.
     pub pack: PackId,
     /// Offset there.
     pub offset: u32,
+    /// Bytes there.
+    pub len: u32,
 }
 
 impl Relocation {
@@ -71,9 +74,9 @@ impl Relocation {
     }
 
     /// Where the block at `old_offset` is now.
-    pub fn block(&self, old_offset: u32, len: u32) -> Option<MovedBlock> {
+    pub fn block(&self, old_offset: u32, old_len: u32) -> Option<MovedBlock> {
         let at = self.blocks.binary_search_by_key(&old_offset, |block| block.old_offset).ok()?;
-        self.blocks.get(at).filter(|block| block.len == len).copied()
+        self.blocks.get(at).filter(|block| block.old_len == old_len).copied()
     }
 
     /// The digest by which a decision refers to the block: the hash of its payload.
@@ -105,9 +108,10 @@ impl Relocation {
         put_varint(&mut fields, self.blocks.len() as u64);
         for block in &self.blocks {
             put_varint(&mut fields, u64::from(block.old_offset));
-            put_varint(&mut fields, u64::from(block.len));
+            put_varint(&mut fields, u64::from(block.old_len));
             put_varint(&mut fields, packs.intern(block.pack));
             put_varint(&mut fields, u64::from(block.offset));
+            put_varint(&mut fields, u64::from(block.len));
         }
         let mut payload = Vec::with_capacity(64 + fields.len());
         payload.extend_from_slice(&self.source.session.to_bytes());
@@ -166,14 +170,15 @@ impl Relocation {
             }
             runs.push(run);
         }
-        let count = reader.count("the number of blocks", 4)?;
+        let count = reader.count("the number of blocks", 5)?;
         let mut blocks: Vec<MovedBlock> = Vec::with_capacity(count);
         for _ in 0..count {
             let moved = MovedBlock {
                 old_offset: reader.varint32("an old offset")?,
-                len: reader.varint32("a length")?,
+                old_len: reader.varint32("an old length")?,
                 pack: packs.get(reader.varint()?)?,
                 offset: reader.varint32("an offset")?,
+                len: reader.varint32("a length")?,
             };
             let after_last = blocks.last().is_none_or(|last| last.old_offset < moved.old_offset);
             if !after_last || moved.offset.checked_add(moved.len).is_none() {
@@ -246,13 +251,13 @@ mod tests {
         #[test]
         fn finds_blocks_by_offset(offsets in prop::collection::btree_set(0_u32..1 << 30, 0..30)) {
             let blocks: Vec<MovedBlock> = offsets.iter().zip(0..)
-                .map(|(at, n)| MovedBlock { old_offset: *at, len: 50 + n, pack: pack(2 + n % 3), offset: n })
+                .map(|(at, n)| MovedBlock { old_offset: *at, old_len: 50 + n, pack: pack(2 + n % 3), offset: n, len: 60 + n })
                 .collect();
             let relocation = Relocation { source: pack(0), frames: vec![], runs: vec![], blocks };
             let read = Relocation::parse(&relocation.encode()).unwrap();
             for block in &relocation.blocks {
-                prop_assert_eq!(read.block(block.old_offset, block.len), Some(*block));
-                prop_assert_eq!(read.block(block.old_offset, block.len + 1), None);
+                prop_assert_eq!(read.block(block.old_offset, block.old_len), Some(*block));
+                prop_assert_eq!(read.block(block.old_offset, block.old_len + 1), None);
             }
         }
     }

@@ -18,14 +18,17 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use futures::try_join;
+
 use crate::context::Context;
 use crate::error::{Error, Result};
+use crate::format::leaf::Leaf;
 use crate::format::node::Child;
-use crate::id::SnapshotId;
+use crate::id::{PackId, SnapshotId};
 use crate::index::{ChunkLocation, DedupIndex};
 use crate::name::Name;
 use crate::progress::Event;
-use crate::record::{SnapshotRecord, SnapshotStats, VolumeRecord};
+use crate::record::{Origin, SnapshotRecord, SnapshotStats, VolumeRecord};
 use crate::repository::{Repository, timestamp};
 use crate::session::Session;
 use crate::source::Source;
@@ -86,10 +89,20 @@ pub async fn snapshot(
     request: SnapshotRequest,
     ctx: &Context,
 ) -> Result<SnapshotRecord> {
-    validate(&request)?;
+    take(repo, &request, None, ctx).await
+}
+
+/// Takes a snapshot, which may be a copy of another.
+pub(crate) async fn take(
+    repo: &Repository,
+    request: &SnapshotRequest,
+    origin: Option<Origin>,
+    ctx: &Context,
+) -> Result<SnapshotRecord> {
+    validate(request)?;
     let mut result = Err(Error::Internal("no attempt was made"));
     for _ in 0..ATTEMPTS {
-        result = attempt(repo, &request, ctx).await;
+        result = attempt(repo, request, origin, ctx).await;
         let Err(Error::Lost { .. }) = &result else { break };
         ctx.progress.event(Event::Warning {
             text: "a garbage collection took this snapshot for dead; it starts again",
@@ -124,6 +137,7 @@ fn validate(request: &SnapshotRequest) -> Result<()> {
 async fn attempt(
     repo: &Repository,
     request: &SnapshotRequest,
+    origin: Option<Origin>,
     ctx: &Context,
 ) -> Result<SnapshotRecord> {
     let started = ctx.host.unix_ms();
@@ -131,7 +145,7 @@ async fn attempt(
     let ids: Vec<SnapshotId> = relatives.iter().map(|record| record.id).collect();
     let (mut session, valid) = Session::begin(repo, &ids, ctx).await?;
     let witnesses = relatives.into_iter().filter(|record| valid.contains(&record.id)).collect();
-    let result = write(repo, request, &mut session, witnesses, started, ctx).await;
+    let result = write(repo, request, origin, &mut session, witnesses, started, ctx).await;
     match result {
         Ok(record) => Ok(record),
         Err(error @ Error::Lost { .. }) => Err(error),
@@ -162,6 +176,7 @@ async fn relatives(repo: &Repository, request: &SnapshotRequest) -> Result<Vec<S
 async fn write(
     repo: &Repository,
     request: &SnapshotRequest,
+    origin: Option<Origin>,
     session: &mut Session,
     witnesses: Vec<SnapshotRecord>,
     started: u64,
@@ -175,15 +190,17 @@ async fn write(
         let (name, within) = (id.to_string(), repo.location());
         return Err(Error::Unknown { what: "snapshot", name, within, known: vec![] });
     }
-    session.enter(&request.experiment, &request.run).await?;
+    let (shunned, ()) =
+        try_join!(repo.quarantined(), session.enter(&request.experiment, &request.run))?;
 
     let index = Arc::new(DedupIndex::new(ctx.limits.index_chunks));
+    let known = Known { index, shunned: Arc::new(shunned) };
     let mut volumes = Vec::with_capacity(request.volumes.len());
     let mut budget = ctx.limits.index_chunks / 2;
     for (name, source) in &request.volumes {
-        let before = parent.and_then(|parent| parent.volume(name));
+        let before = parent.and_then(|parent| Some((parent.id, parent.volume(name)?)));
         let job =
-            VolumeJob::prepare(repo, source.clone(), before, &index, &mut budget, ctx).await?;
+            VolumeJob::prepare(repo, source.clone(), before, &known, &mut budget, ctx).await?;
         volumes.push(job);
     }
     for record in &witnesses {
@@ -193,7 +210,7 @@ async fn write(
                 is_parent && request.volumes.iter().any(|(name, _)| *name == volume.name);
             if budget > 0 && !is_prepared {
                 let leaves = tree::segments(repo, volume, ctx).await?.leaves;
-                preload(repo, volume.len_bytes, &leaves, &index, &mut budget, ctx).await?;
+                preload(repo, volume.len_bytes, &leaves, &known, &mut budget, ctx).await?;
             }
         }
     }
@@ -201,7 +218,7 @@ async fn write(
     for (_, source) in &request.volumes {
         ctx.progress.event(Event::Planned { bytes: source.data_bytes_hint() });
     }
-    let pipeline = Pipeline::new(repo, session.id(), index, ctx);
+    let pipeline = Pipeline::new(repo, session.id(), known, ctx);
     let written = pipeline.run(volumes).await?;
     for (_, source) in &request.volumes {
         source.check_unchanged()?;
@@ -226,6 +243,7 @@ async fn write(
         message: request.message.clone(),
         metadata: request.metadata.clone(),
         parent: parent.map(|parent| parent.id),
+        origin,
         volumes: named
             .map(|((name, source), volume)| {
                 VolumeRecord::new(name.clone(), source.len_bytes(), volume.data_bytes, volume.root)
@@ -243,8 +261,8 @@ async fn write(
 struct Preloaded {
     /// Segments, from the first.
     segments: usize,
-    /// Those of them whose leaves can't be read.
-    unreadable: Vec<usize>,
+    /// Those of them whose leaves can't be read, or refer to packs that are set aside.
+    unusable: Vec<usize>,
 }
 
 /// Puts the chunks of a volume into the index, from its first segment, while `budget` lasts. Damage costs
@@ -253,7 +271,7 @@ async fn preload(
     repo: &Repository,
     len_bytes: u64,
     leaves: &[Child],
-    index: &DedupIndex,
+    known: &Known,
     budget: &mut usize,
     ctx: &Context,
 ) -> Result<Preloaded> {
@@ -263,11 +281,17 @@ async fn preload(
             break;
         }
         let numbered = batch.iter().enumerate().map(|(n, child)| (done.segments + n, *child));
-        for (segment, leaf) in tree::leaves(repo, len_bytes, numbered.collect(), ctx).await? {
+        let leaves = tree::leaves(repo, len_bytes, numbered.collect(), ctx).await?;
+        for (child, (segment, leaf)) in batch.iter().zip(leaves) {
             match leaf {
-                Ok(Some(leaf)) => *budget = budget.saturating_sub(remember(index, &leaf)),
+                Ok(Some(leaf)) => {
+                    *budget = budget.saturating_sub(known.remember(&leaf));
+                    if known.shuns(child, &leaf) {
+                        done.unusable.push(segment);
+                    }
+                }
                 Ok(None) => {}
-                Err(_) => done.unreadable.push(segment),
+                Err(_) => done.unusable.push(segment),
             }
         }
         done.segments += batch.len();
@@ -275,14 +299,37 @@ async fn preload(
     Ok(done)
 }
 
-/// Puts the chunks of one leaf into the index; gives how many.
-fn remember(index: &DedupIndex, leaf: &crate::format::leaf::Leaf) -> usize {
-    let mut count = 0;
-    for (_, chunk) in leaf.chunks() {
-        if let Some(frame) = leaf.frames.get(chunk.frame as usize) {
-            index.insert(chunk.id, ChunkLocation { frame: *frame, offset: chunk.offset });
-            count += 1;
+/// What may be used again.
+#[derive(Clone, Debug)]
+struct Known {
+    index: Arc<DedupIndex>,
+    /// Packs that were found damaged: what they hold is stored anew, so that it is whole again from now on.
+    shunned: Arc<HashSet<PackId>>,
+}
+
+impl Known {
+    /// Puts the chunks of one leaf into the index; gives how many.
+    fn remember(&self, leaf: &Leaf) -> usize {
+        let mut count = 0;
+        for (_, chunk) in leaf.chunks() {
+            if let Some(frame) = leaf.frames.get(chunk.frame as usize)
+                && !self.shunned.contains(&frame.pack)
+            {
+                let location = ChunkLocation { frame: *frame, offset: chunk.offset };
+                self.index.insert(chunk.id, location);
+                count += 1;
+            }
         }
+        count
     }
-    count
+
+    /// True for a leaf that must not be used as a whole.
+    fn shuns(&self, child: &Child, leaf: &Leaf) -> bool {
+        let own = match child {
+            Child::Zero => None,
+            Child::Block(block) => Some(block.pack),
+        };
+        let mut packs = leaf.frames.iter().map(|frame| frame.pack).chain(own);
+        !self.shunned.is_empty() && packs.any(|pack| self.shunned.contains(&pack))
+    }
 }

@@ -9,7 +9,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::halt::Halt;
 use super::packer::{Buffers, Counts, Packer, upload};
 use super::worker::Worker;
-use super::{preload, remember};
+use super::{Known, preload};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::block::BlockRef;
@@ -32,6 +32,8 @@ pub struct VolumeJob {
     before: Vec<Child>,
     /// The parent's nodes.
     nodes: Vec<BlockRef>,
+    /// The parent.
+    parent: Option<SnapshotId>,
     /// The parent's length.
     before_len: u64,
     /// The parent's segments whose chunks the index has already.
@@ -46,6 +48,8 @@ struct Job {
     volume: usize,
     segment: usize,
     before: Child,
+    /// Bytes that are not zeros, where the segment is known to be unchanged.
+    unchanged_bytes: Option<u64>,
 }
 
 /// A volume that was written.
@@ -71,19 +75,22 @@ impl VolumeJob {
     pub async fn prepare(
         repo: &Repository,
         source: Arc<dyn Source>,
-        before: Option<&VolumeRecord>,
-        index: &DedupIndex,
+        parent: Option<(SnapshotId, &VolumeRecord)>,
+        known: &Known,
         budget: &mut usize,
         ctx: &Context,
     ) -> Result<Self> {
-        let (segments, before_len) = match before {
-            Some(before) => (tree::segments(repo, before, ctx).await?, before.len_bytes),
+        let (segments, before_len) = match parent {
+            Some((_, volume)) => (tree::segments(repo, volume, ctx).await?, volume.len_bytes),
             None => (Segments::default(), 0),
         };
         let mut before = segments.leaves;
-        let done = preload(repo, before_len, &before, index, budget, ctx).await?;
-        let distrusted = !done.unreadable.is_empty() || !segments.unreadable.is_empty();
-        for segment in done.unreadable {
+        let done = preload(repo, before_len, &before, known, budget, ctx).await?;
+        let shunned = |node: &BlockRef| known.shunned.contains(&node.pack);
+        let distrusted = !done.unusable.is_empty()
+            || !segments.unreadable.is_empty()
+            || segments.nodes.iter().any(shunned);
+        for segment in done.unusable {
             if let Some(child) = before.get_mut(segment) {
                 *child = Child::Zero;
             }
@@ -92,6 +99,7 @@ impl VolumeJob {
             source,
             before,
             nodes: segments.nodes,
+            parent: parent.map(|(parent, _)| parent),
             before_len,
             preloaded: done.segments,
             distrusted: AtomicBool::new(distrusted),
@@ -103,7 +111,22 @@ impl VolumeJob {
             volume,
             segment,
             before: self.before.get(segment).copied().unwrap_or(Child::Zero),
+            unchanged_bytes: None,
         })
+    }
+
+    /// The parent's leaf of a segment is damaged, or refers to what is: nothing of it is used as a whole.
+    fn distrust(&self, job: &mut Job) {
+        job.before = Child::Zero;
+        job.unchanged_bytes = None;
+        self.distrusted.store(true, Ordering::Relaxed);
+    }
+
+    /// True when the source says that a segment need not be read.
+    fn is_unchanged(&self, segment: usize) -> bool {
+        let range = tree::segment_range(self.source.len_bytes(), segment);
+        range == tree::segment_range(self.before_len, segment)
+            && self.parent.is_some_and(|parent| self.source.unchanged(range, parent))
     }
 }
 
@@ -112,21 +135,16 @@ impl VolumeJob {
 pub struct Pipeline {
     repo: Repository,
     session: SnapshotId,
-    index: Arc<DedupIndex>,
+    known: Known,
     ctx: Context,
     halt: Arc<Halt>,
 }
 
 impl Pipeline {
     /// A pipeline that reuses what the index knows.
-    pub fn new(
-        repo: &Repository,
-        session: SnapshotId,
-        index: Arc<DedupIndex>,
-        ctx: &Context,
-    ) -> Self {
+    pub fn new(repo: &Repository, session: SnapshotId, known: Known, ctx: &Context) -> Self {
         let halt = Arc::new(Halt::new(&ctx.cancel));
-        Self { repo: repo.clone(), session, index, ctx: ctx.clone(), halt }
+        Self { repo: repo.clone(), session, known, ctx: ctx.clone(), halt }
     }
 
     /// Goes through all volumes. When it returns, every pack is acknowledged.
@@ -149,7 +167,8 @@ impl Pipeline {
         ));
         let volumes = Arc::new(volumes);
         let work = {
-            let (index, halt, ctx) = (self.index.clone(), self.halt.clone(), self.ctx.clone());
+            let (index, halt, ctx) =
+                (self.known.index.clone(), self.halt.clone(), self.ctx.clone());
             let (volumes, counts) = (volumes.clone(), counts.clone());
             let packer = Packer::new(self.session, self.repo.keys(), complete, buffers, &ctx);
             let chunking = self.repo.config().chunking;
@@ -179,18 +198,25 @@ impl Pipeline {
     async fn plan(&self, volumes: &[VolumeJob], jobs: mpsc::Sender<Job>) -> Result<()> {
         for (number, volume) in volumes.iter().enumerate() {
             let prepared = volume.jobs(number).map(|mut job| async move {
+                let is_new = job.segment >= volume.preloaded;
+                let is_unchanged = volume.is_unchanged(job.segment);
                 if let Child::Block(block) = job.before
-                    && job.segment >= volume.preloaded
+                    && (is_new || is_unchanged)
                 {
                     let range = tree::segment_range(volume.before_len, job.segment);
                     match tree::read_leaf(&self.repo, &block, range.end - range.start).await {
                         Ok(leaf) => {
-                            remember(&self.index, &leaf);
+                            if is_new {
+                                self.known.remember(&leaf);
+                            }
+                            job.unchanged_bytes = is_unchanged.then(|| leaf.data_bytes());
+                            if self.known.shuns(&job.before, &leaf) {
+                                volume.distrust(&mut job);
+                            }
                         }
                         // A leaf that can't be read costs duplicates, not the snapshot.
                         Err(_) => {
-                            job.before = Child::Zero;
-                            volume.distrusted.store(true, Ordering::Relaxed);
+                            volume.distrust(&mut job);
                         }
                     }
                 }
@@ -316,8 +342,10 @@ impl Stage<'_> {
             return Err(Error::Internal("a job for no volume"));
         };
         let range = tree::segment_range(volume.source.len_bytes(), job.segment);
-        let len = range.end - range.start;
-        let done = worker.segment(&*volume.source, range.start, len, job.before)?;
+        let done = match job.unchanged_bytes {
+            Some(data_bytes) => worker.skip(job.before, data_bytes),
+            None => worker.segment(&*volume.source, range, job.before)?,
+        };
         let mut leaves = leaves.lock().unwrap_or_else(PoisonError::into_inner);
         leaves.1 += done.data_bytes;
         if let Some(child) = leaves.0.get_mut(job.segment) {

@@ -1,6 +1,7 @@
 //! A worker: turns one segment at a time into frames and a leaf.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::packer::{Counts, Packer};
@@ -65,17 +66,28 @@ impl<'a> Worker<'a> {
         Ok(Self { scanner: Scanner::new(keys.cutter(chunking)), assembler })
     }
 
+    /// Takes a segment as it was in the parent.
+    pub fn skip(&mut self, before: Child, data_bytes: u64) -> Done {
+        self.assembler.ctx.progress.event(Event::Processed { bytes: data_bytes });
+        Done { child: before, data_bytes }
+    }
+
     /// Processes one segment. `before` is the same segment of the parent.
     pub fn segment(
         &mut self,
         source: &dyn Source,
-        start: u64,
-        len: u64,
+        range: Range<u64>,
         before: Child,
     ) -> Result<Done> {
         let Self { scanner, assembler } = self;
         assembler.begin();
-        scanner.scan(source, start, len, &mut |piece| assembler.piece(piece))?;
+        match source.extents(range.clone())? {
+            Some(extents) => assembler.known(source, range.start, extents)?,
+            None => {
+                let len = range.end - range.start;
+                scanner.scan(source, range.start, len, &mut |piece| assembler.piece(piece))?;
+            }
+        }
         assembler.end(before)
     }
 }
@@ -108,6 +120,54 @@ impl Assembler<'_> {
         self.waiting.clear();
         self.known_frames.clear();
         self.leaf = Leaf::default();
+    }
+
+    /// Takes a segment whose chunks are known, and reads those of them that are new.
+    fn known(&mut self, source: &dyn Source, start: u64, extents: Vec<Extent>) -> Result<()> {
+        let (mut at, mut missing) = (start, Vec::new());
+        let mut plan = Vec::with_capacity(extents.len());
+        for extent in extents {
+            let len = extent.len_bytes();
+            plan.push(match extent {
+                Extent::Zero { .. } => Some(extent),
+                Extent::Chunk(chunk) => match self.index.get(&chunk.id) {
+                    Some(ChunkLocation { frame, offset }) => {
+                        let frame = self.frame_position(frame);
+                        Some(Extent::Chunk(ChunkRef { frame, offset, ..chunk }))
+                    }
+                    None => {
+                        missing.push((at, len));
+                        None
+                    }
+                },
+            });
+            at += u64::from(len);
+        }
+        let mut plan = plan.into_iter();
+        source.read_chunks(&missing, &mut |bytes| {
+            for extent in plan.by_ref() {
+                match extent {
+                    Some(extent) => self.take(extent),
+                    None => return self.chunk(bytes),
+                }
+            }
+            Err(Error::Internal("a source gave more chunks than it was asked for"))
+        })?;
+        for extent in plan {
+            self.take(extent.ok_or(Error::Internal("a source gave too few chunks"))?);
+        }
+        Ok(())
+    }
+
+    /// Takes what need not be read.
+    fn take(&mut self, extent: Extent) {
+        if let Extent::Chunk(chunk) = extent {
+            self.unreported += u64::from(chunk.len);
+            if self.unreported >= REPORT_BYTES {
+                self.report();
+            }
+        }
+        self.leaf.extents.push(extent);
     }
 
     fn piece(&mut self, piece: Piece<'_>) -> Result<()> {

@@ -8,20 +8,24 @@
 
 mod collect;
 mod compact;
+mod copy;
 mod damage;
 mod encryption;
 mod faults;
 mod fixtures;
 mod found;
+mod heal;
 mod incremental;
 mod kill;
 mod probing;
 mod pruning;
+mod repair;
 mod roundtrip;
 mod sendable;
 mod sources;
 mod traffic;
 mod undelete;
+mod verify;
 
 use tokio::runtime::Runtime;
 

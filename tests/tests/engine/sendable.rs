@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use petra_engine::chunker::Chunking;
 use petra_engine::collect::{CollectOptions, collect};
+use petra_engine::copy::{CopyOptions, copy};
 use petra_engine::crypto::list_keys;
 use petra_engine::diff::diff;
 use petra_engine::record::{VolumeRecord, Writers};
+use petra_engine::repair::{RepairOptions, repair};
 use petra_engine::restore::{RestoreOptions, restore, stream};
 use petra_engine::retention::{PruneOptions, prune};
 use petra_engine::snapshot::{SnapshotRequest, snapshot};
@@ -41,6 +43,8 @@ fn all_operations(
         let sink = Box::new(std::io::sink());
         stream(&repo, &volume, sink, &RestoreOptions::default(), &ctx).await?;
         verify(&repo, &item, &VerifyOptions::default(), &ctx).await?;
+        repair(&repo, &RepairOptions::default(), &ctx).await?;
+        copy(&repo, &item, &repo, &CopyOptions::default(), &ctx).await?;
         usage(&repo, &item, &ctx).await?;
         diff(&repo, &volume, &volume, &ctx).await?;
         repo.add_key(&key, &ctx).await?;

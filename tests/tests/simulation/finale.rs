@@ -95,7 +95,7 @@ async fn verify_all(
     listed: &[SnapshotRecord],
     ctx: &Context,
 ) -> Result<(), Error> {
-    let options = VerifyOptions { read_data: true };
+    let options = VerifyOptions { read_data: true, sample: None };
     let report = verify(repo, &Item::Repository, &options, ctx).await?;
     for problem in &report.problems {
         oracle.violation(format!("in the end: {problem:?}"));

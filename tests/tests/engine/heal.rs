@@ -1,0 +1,312 @@
+//! Lost data is found elsewhere and stored once more; what is nowhere is said to be lost; nothing new relies on it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use petra_engine::format::node::Child;
+use petra_engine::key::Key;
+use petra_engine::record::SnapshotRecord;
+use petra_engine::repair::{Healed, Origin, RepairOptions, RepairReport, repair};
+use petra_engine::restore::ByteRange;
+use petra_engine::snapshot::{Parent, snapshot};
+use petra_engine::source::Source;
+use petra_engine::store::{MemoryStore, Store, StoreErrorCause};
+use petra_engine::tree::segments;
+use petra_engine::{PackId, Repository};
+use petra_tests::lab::{
+    assert_tidy, check, check_rest, collect_all, context, init, name, objects, request, take,
+    verify_all,
+};
+use petra_tests::recording::{Fate, Recording};
+use petra_tests::volume::{Volume, noise, prose};
+
+const SEGMENT: u64 = 64 << 20;
+
+#[derive(Clone, Copy, Debug)]
+enum Damage {
+    Flipped,
+    Truncated,
+    Emptied,
+    Missing,
+}
+
+const DAMAGES: [Damage; 4] = [Damage::Flipped, Damage::Truncated, Damage::Emptied, Damage::Missing];
+
+fn damage(memory: &MemoryStore, pack: PackId, damage: Damage, at: usize) {
+    memory.damage(Key::pack(pack).as_str(), |mut body| match damage {
+        Damage::Flipped => {
+            body[at] ^= 1;
+            Some(body)
+        }
+        Damage::Truncated => {
+            body.truncate(at);
+            Some(body)
+        }
+        Damage::Emptied => Some(Vec::new()),
+        Damage::Missing => None,
+    });
+}
+
+/// Two segments, with text whose chunks share a frame.
+fn volume() -> Volume {
+    Volume::zeros(SEGMENT + 200_000)
+        .with(0, &noise(1, 90_000))
+        .with(300_000, &prose(2, 90_000))
+        .with(SEGMENT, &noise(3, 80_000))
+}
+
+async fn new_repo() -> (Arc<MemoryStore>, Repository) {
+    let memory = Arc::new(MemoryStore::new());
+    (memory.clone(), init(memory).await)
+}
+
+/// A snapshot that shares nothing with others.
+async fn take_alone(repo: &Repository, volume: &Volume) -> SnapshotRecord {
+    let mut request = request("r", &[("v", volume)]);
+    request.parent = Parent::None;
+    snapshot(repo, request, &context()).await.unwrap()
+}
+
+fn data_pack(record: &SnapshotRecord) -> PackId {
+    PackId { session: record.id, number: 0 }
+}
+
+fn manifest_pack(record: &SnapshotRecord) -> PackId {
+    record.volumes[0].root.unwrap().pack
+}
+
+async fn repair_with(repo: &Repository, sources: &[&Volume]) -> RepairReport {
+    let source = |volume: &&Volume| (name("v"), Arc::new((*volume).clone()) as Arc<dyn Source>);
+    let sources = sources.iter().map(source).collect();
+    let options = RepairOptions { sources, ..RepairOptions::default() };
+    repair(repo, &options, &context()).await.unwrap()
+}
+
+fn sum(healed: &[Healed], from: &Origin) -> (u64, u64) {
+    let of = || healed.iter().filter(|healed| healed.from == *from);
+    (of().map(|healed| healed.chunks).sum(), of().map(|healed| healed.blocks).sum())
+}
+
+/// As another process would see it.
+async fn opened(memory: &Arc<MemoryStore>) -> Repository {
+    Repository::open(memory.clone()).await.unwrap()
+}
+
+/// Everything restores, verifies and outlives a collection.
+async fn assert_whole(memory: &Arc<MemoryStore>, records: &[(&SnapshotRecord, &Volume)]) {
+    let repo = opened(memory).await;
+    assert_eq!(verify_all(&repo, true).await.unwrap().problems, []);
+    for (record, volume) in records {
+        check(&repo, &record.volumes[0], volume).await.unwrap();
+    }
+    collect_all(&repo).await.unwrap();
+    let repo = opened(memory).await;
+    for (record, volume) in records {
+        check(&repo, &record.volumes[0], volume).await.unwrap();
+    }
+    assert_eq!(verify_all(&repo, true).await.unwrap().problems, []);
+    assert_eq!(repair_with(&repo, &[]).await, RepairReport::default());
+}
+
+#[tokio::test]
+async fn data_that_another_snapshot_has_in_another_pack() {
+    for kind in DAMAGES {
+        let (memory, repo) = new_repo().await;
+        let volume = volume();
+        let (first, second) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
+        let pack = data_pack(&first);
+        damage(&memory, pack, kind, 40_000);
+        let report = repair_with(&repo, &[]).await;
+        assert_eq!((report.lost, report.unresolved), (vec![], vec![]), "{kind:?}");
+        assert_eq!(report.quarantined, [pack], "{kind:?}");
+        assert!(sum(&report.healed, &Origin::Repository).0 > 0, "{kind:?}");
+        assert_whole(&memory, &[(&first, &volume), (&second, &volume)]).await;
+    }
+}
+
+#[tokio::test]
+async fn data_that_a_given_volume_has_in_its_place_or_elsewhere() {
+    for kind in DAMAGES {
+        for moved in [0_usize, 12_288] {
+            let (memory, repo) = new_repo().await;
+            let volume = volume();
+            let taken = take_alone(&repo, &volume).await;
+            let pack = data_pack(&taken);
+            damage(&memory, pack, kind, 40_000);
+            // Without it, exactly what can't be restored is lost.
+            let report = repair_with(&repo, &[]).await;
+            let found =
+                check_rest(&repo, &taken.volumes[0], &volume, vec![0..volume.len()]).await.unwrap();
+            let ranges = |ranges: &[ByteRange]| -> Vec<Range<u64>> {
+                ranges.iter().map(|range| range.start..range.end).collect()
+            };
+            let mut expected: Vec<Range<u64>> =
+                found.damaged.iter().flat_map(|damage| ranges(&damage.ranges)).collect();
+            expected.sort_by_key(|range| range.start);
+            assert_eq!(report.lost.len(), 1, "{kind:?}");
+            assert_eq!(report.lost[0].object, Key::pack(pack).as_str());
+            assert_eq!(report.lost[0].affected.len(), 1);
+            let lost = ranges(&report.lost[0].affected[0].ranges);
+            let bytes = |ranges: &[Range<u64>]| ranges.iter().map(|r| r.end - r.start).sum::<u64>();
+            assert_eq!(bytes(&lost), bytes(&expected), "{kind:?}");
+            assert!(
+                expected.iter().all(|r| lost.iter().any(|l| l.start <= r.start && r.end <= l.end))
+            );
+
+            let mut source = volume.clone();
+            if moved > 0 {
+                source.insert(0..SEGMENT, &noise(77, moved));
+                source.insert(SEGMENT..SEGMENT + 200_000, &noise(78, moved));
+            }
+            let report = repair_with(&repo, &[&source]).await;
+            assert!(sum(&report.healed, &Origin::Source(name("v"))).0 > 0, "{kind:?} {moved}");
+            if moved == 0 {
+                assert_eq!(report.lost, [], "{kind:?}");
+                assert_whole(&memory, &[(&taken, &volume)]).await;
+            } else {
+                // The chunks around the insertions are others; nearly all the rest is the same.
+                let left: u64 = report
+                    .lost
+                    .iter()
+                    .flat_map(|problem| &problem.affected)
+                    .map(|affected| bytes(&ranges(&affected.ranges)))
+                    .sum();
+                assert!(left <= bytes(&expected) / 2 + 65_536, "{kind:?}: {left} bytes left");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn data_and_manifests_that_a_later_snapshot_has() {
+    for kind in DAMAGES {
+        for manifest in [false, true] {
+            let (memory, repo) = new_repo().await;
+            let volume = volume();
+            let taken = take(&repo, &volume).await.unwrap();
+            let pack = if manifest { manifest_pack(&taken) } else { data_pack(&taken) };
+            // The first leaf of a manifest, and whatever comes after the first half of it.
+            let at = if manifest { 100 } else { 40_000 };
+            damage(&memory, pack, kind, at);
+            let report = repair_with(&repo, &[]).await;
+            assert!(!report.lost.is_empty(), "{kind:?} {manifest}");
+            assert_eq!((&report.healed[..], &report.quarantined[..]), (&[][..], &[pack][..]));
+
+            // Nothing new relies on what is set aside, so the next snapshot is whole.
+            let repo = opened(&memory).await;
+            let later = take(&repo, &volume).await.unwrap();
+            assert_eq!(later.parent, Some(taken.id));
+            check(&repo, &later.volumes[0], &volume).await.unwrap();
+            let report = repair_with(&repo, &[]).await;
+            assert_eq!(report.lost, [], "{kind:?} {manifest}");
+            let (chunks, blocks) = sum(&report.healed, &Origin::Repository);
+            assert!(if manifest { blocks > 0 } else { chunks > 0 }, "{kind:?}: {report:?}");
+            assert_whole(&memory, &[(&taken, &volume), (&later, &volume)]).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_healed_manifest_leads_to_the_data_of_the_other_snapshot() {
+    let (memory, repo) = new_repo().await;
+    let volume = volume();
+    let (first, second) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
+    let found = segments(&repo, &first.volumes[0], &context()).await.unwrap();
+    let Child::Block(leaf) = found.leaves[0] else { panic!("no leaf") };
+    damage(&memory, leaf.pack, Damage::Flipped, leaf.offset as usize + 60);
+    let report = repair_with(&repo, &[]).await;
+    assert_eq!(report.lost, []);
+    assert_eq!(report.quarantined, [manifest_pack(&first)]);
+    assert_eq!(sum(&report.healed, &Origin::Repository), (0, 1));
+    // What it leads to stays for as long as the healed snapshot does.
+    let repo = opened(&memory).await;
+    repo.delete(second.id, &context()).await.unwrap();
+    collect_all(&repo).await.unwrap();
+    assert_whole(&memory, &[(&first, &volume)]).await;
+    // Then nothing is left of either.
+    let repo = opened(&memory).await;
+    repo.delete(first.id, &context()).await.unwrap();
+    collect_all(&repo).await.unwrap();
+    collect_all(&repo).await.unwrap();
+    assert_eq!(objects(&*memory, "packs/").await, []);
+}
+
+#[tokio::test]
+async fn a_repair_can_end_at_any_request_and_be_repeated() {
+    let memory = Arc::new(MemoryStore::new());
+    let store = Recording::new(memory.clone());
+    let repo = init(store.clone()).await;
+    let volume = volume();
+    let (first, second) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
+    let other = take_alone(&repo, &Volume::noise(9, 50_000)).await;
+    damage(&memory, data_pack(&first), Damage::Flipped, 40_000);
+    damage(&memory, manifest_pack(&second), Damage::Missing, 0);
+    let mut n = 0;
+    loop {
+        let repo = Repository::open(store.clone()).await.unwrap();
+        let fate =
+            if n % 2 == 0 { Fate::Fail(StoreErrorCause::Unavailable) } else { Fate::LoseAnswer };
+        store.from_nth(n, fate);
+        let done = repair(&repo, &RepairOptions::default(), &context()).await;
+        store.reset();
+        let fresh = opened(&memory).await;
+        check(&fresh, &other.volumes[0], &Volume::noise(9, 50_000)).await.unwrap();
+        if done.is_ok() {
+            break;
+        }
+        // Every third: the kinds of requests take turns.
+        n += 3;
+    }
+    assert!(n > 20, "{n} requests");
+    assert_whole(&memory, &[(&first, &volume), (&second, &volume)]).await;
+}
+
+#[tokio::test]
+async fn a_dry_run_changes_nothing_and_says_what_is_healed() {
+    let memory = Arc::new(MemoryStore::new());
+    let store = Recording::new(memory.clone());
+    let repo = init(store.clone()).await;
+    let volume = volume();
+    let (first, _) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
+    damage(&memory, data_pack(&first), Damage::Truncated, 60_000);
+    store.reset();
+    let before = objects(&*memory, "").await;
+    let dry_run = RepairOptions { dry_run: true, ..RepairOptions::default() };
+    let said = repair(&repo, &dry_run, &context()).await.unwrap();
+    assert!(!store.log().iter().any(|call| call.is_write()));
+    assert_eq!(objects(&*memory, "").await, before);
+    assert_eq!(said, repair_with(&repo, &[]).await);
+    assert!(!said.healed.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_repairs_and_a_collection_at_the_same_time() {
+    let (memory, repo) = new_repo().await;
+    let volume = volume();
+    let (first, second) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
+    damage(&memory, data_pack(&first), Damage::Missing, 0);
+    let repairs = [opened(&memory).await, opened(&memory).await]
+        .map(|repo| tokio::spawn(async move { repair_with(&repo, &[]).await }));
+    let collector = {
+        let repo = opened(&memory).await;
+        tokio::spawn(async move {
+            let options = petra_engine::collect::CollectOptions::default();
+            petra_engine::collect::collect(&repo, &options, &context()).await.unwrap()
+        })
+    };
+    for repair in repairs {
+        assert_eq!(repair.await.unwrap().lost, []);
+    }
+    collector.await.unwrap();
+    assert_whole(&memory, &[(&first, &volume), (&second, &volume)]).await;
+}
+
+#[tokio::test]
+async fn a_whole_repository_needs_no_repair() {
+    let (memory, repo) = new_repo().await;
+    let taken = take(&repo, &volume()).await.unwrap();
+    assert_eq!(repair_with(&repo, &[&volume()]).await, RepairReport::default());
+    assert_tidy(&repo).await;
+    assert_whole(&memory, &[(&taken, &volume())]).await;
+    assert!(memory.list("quarantine/", None).await.unwrap().entries.is_empty());
+}
