@@ -36,7 +36,7 @@ pub(crate) fn findings(survey: &Survey) -> Vec<Finding<'_>> {
         survey.entries.iter().map(|(entry, content)| (&entry.key, content)).collect();
     let lost = survey.committed().filter_map(|record| {
         let SnapshotRecord { id, experiment, run, .. } = record;
-        let key = Key::catalogue(experiment, run, *id);
+        let key = Key::catalogue(&survey.keys, experiment, run, *id);
         let detail = match by_key.get(&key) {
             None => format!("it is missing, so that {experiment}/{run} does not list the snapshot"),
             Some(Err(error)) => describe(error).1,
@@ -54,7 +54,8 @@ pub(crate) fn findings(survey: &Survey) -> Vec<Finding<'_>> {
         let is_stray = match survey.decisions.get(&entry.session) {
             _ if survey.is_purged(entry.session) => true,
             Some(Ok(Decision::Commit { snapshot, .. })) => {
-                entry.key != Key::catalogue(&snapshot.experiment, &snapshot.run, snapshot.id)
+                let SnapshotRecord { id, experiment, run, .. } = &**snapshot;
+                entry.key != Key::catalogue(&survey.keys, experiment, run, *id)
             }
             Some(Ok(_)) => true,
             Some(Err(_)) | None => false,

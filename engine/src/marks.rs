@@ -107,9 +107,10 @@ impl Repository {
         let sessions = entries.iter().filter_map(|entry| key::parse_catalogued(&entry.key));
         let is_deleted =
             |id: &SnapshotId| marks.get(id).is_some_and(|state| state.mark == MarkKind::Delete);
-        let records = self.records(sessions.filter(is_deleted).collect()).await?;
+        // What can't be read could not come back.
+        let listing = self.read_records(sessions.filter(is_deleted).collect()).await?;
         let graves = self.graves().await?;
-        let records = records.into_iter().filter(|record| !graves.contains(record.id));
+        let records = listing.records.into_iter().filter(|record| !graves.contains(record.id));
         let deleted = records.filter_map(|record| {
             let at = marks.get(&record.id)?.at;
             Some(Deleted { record, at })

@@ -520,7 +520,7 @@ impl Repository {
     }
 
     /// Committed records of these sessions.
-    async fn read_records(&self, sessions: Vec<SnapshotId>) -> Result<Listing> {
+    pub(crate) async fn read_records(&self, sessions: Vec<SnapshotId>) -> Result<Listing> {
         let read = sessions.into_iter().map(|id| async move { (id, self.committed(id).await) });
         let mut read = stream::iter(read).buffer_unordered(READS);
         let mut listing = Listing::default();

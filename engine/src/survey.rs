@@ -10,6 +10,7 @@ use futures::{StreamExt, stream};
 use serde::de::DeserializeOwned;
 
 use crate::context::Context;
+use crate::crypto::Keys;
 use crate::error::Result;
 use crate::graves::Graves;
 use crate::id::SnapshotId;
@@ -22,6 +23,8 @@ use crate::url::Item;
 /// What is known of the small objects, each with its content or the reason why that can't be read.
 #[derive(Debug)]
 pub(crate) struct Survey {
+    /// The keys of the repository, which names in keys depend on.
+    pub keys: Keys,
     /// What was decided about each session.
     pub decisions: BTreeMap<SnapshotId, Result<Decision>>,
     /// The entries of the catalogue.
@@ -70,7 +73,7 @@ impl Survey {
         let pins = pins.map(|((owner, key), pin)| (owner, key, pin)).collect();
         // Last: what is buried may be half gone by now.
         let graves = repo.graves().await?;
-        Ok(Self { decisions, entries, marks, ended, graves, pins })
+        Ok(Self { keys: repo.keys().clone(), decisions, entries, marks, ended, graves, pins })
     }
 
     /// Snapshots that are committed and not purged, oldest first.
@@ -108,8 +111,8 @@ impl Survey {
                 && run.is_none_or(|run| snapshot.run == *run);
         }
         let prefix = match run {
-            Some(run) => key::run_prefix(experiment, run),
-            None => key::experiment_prefix(experiment),
+            Some(run) => key::run_prefix(&self.keys, experiment, run),
+            None => key::experiment_prefix(&self.keys, experiment),
         };
         let mut entries = self.entries.iter().map(|(entry, _)| entry);
         entries.any(|entry| entry.session == id && entry.key.as_str().starts_with(&prefix))
