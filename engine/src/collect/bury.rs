@@ -27,7 +27,7 @@ pub(super) async fn bury(
     let purged = view
         .marks
         .iter()
-        .filter(|(id, state)| state.mark == MarkKind::Purge && !view.held.contains(id))
+        .filter(|(id, state)| state.mark == MarkKind::Purge && !view.held.contains_key(id))
         .map(|(id, _)| *id);
     let aborted = view.sessions.iter().filter(|(_, fate)| **fate == Fate::Dead).map(|(id, _)| *id);
     let mut dead: BTreeSet<SnapshotId> =

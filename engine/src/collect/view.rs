@@ -53,7 +53,7 @@ pub(super) struct View {
     /// Pins, by owner.
     pub pins: Vec<(SnapshotId, Key)>,
     /// Snapshots that are pinned by owners that still count.
-    pub held: BTreeSet<SnapshotId>,
+    pub held: BTreeMap<SnapshotId, Vec<SnapshotId>>,
     pub sessions: BTreeMap<SnapshotId, Fate>,
     pub roots: Vec<Root>,
     /// Packs that were copied.
@@ -103,7 +103,7 @@ impl View {
             marks,
             ended,
             pins,
-            held: BTreeSet::new(),
+            held: BTreeMap::new(),
             sessions: BTreeMap::new(),
             roots: Vec::new(),
             moves: BTreeMap::new(),
@@ -155,12 +155,12 @@ impl View {
             view.sessions.extend(would_abort.iter().map(|id| (*id, Fate::Dead)));
         }
         // 5: roots.
-        view.held = pinned
-            .into_iter()
-            .filter(|(owner, _)| !view.is_void(*owner))
-            .map(|(_, snapshot)| snapshot)
-            .collect();
-        roots.retain(|root| !root.purged || view.held.contains(&root.id));
+        for (owner, snapshot) in pinned {
+            if !view.is_void(owner) {
+                view.held.entry(snapshot).or_default().push(owner);
+            }
+        }
+        roots.retain(|root| !root.purged || view.held.contains_key(&root.id));
         view.roots = roots;
         // 6: a chain of which only the second link is in view can't be followed.
         let broken = view.moves.keys().any(|source| !view.is_decided(source.session));

@@ -111,8 +111,13 @@ impl<'a> Walk<'a> {
         for root in &self.view.roots {
             match self.root(&root.volumes, needed).await {
                 Ok(()) => {}
-                // 8: a purged root may lose its packs to another collector at any time.
-                Err(Error::Missing { .. }) if root.purged => {}
+                // 8: a pin that came after the purge holds nothing, and nobody relies on it. But a pin that held does
+                // so until its owner is decided: what the owner's snapshot uses must not go with the rest.
+                Err(Error::Missing { .. }) if root.purged => {
+                    if self.was_let_go(root.id).await? {
+                        return Ok(None);
+                    }
+                }
                 Err(Error::Missing { .. }) if self.is_purged_by_now(root.id).await? => {
                     return Ok(None);
                 }
@@ -120,6 +125,19 @@ impl<'a> Walk<'a> {
             }
         }
         Ok(Some(self.moved))
+    }
+
+    /// True when an owner of a pin on this snapshot was decided or ended since the view was read.
+    async fn was_let_go(&self, snapshot: SnapshotId) -> Result<bool> {
+        for owner in self.view.held.get(&snapshot).into_iter().flatten() {
+            if self.repo.decision(*owner).await?.is_some()
+                || self.repo.has_ended(*owner).await?
+                || self.repo.graves().await?.contains(*owner)
+            {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     async fn is_purged_by_now(&self, snapshot: SnapshotId) -> Result<bool> {

@@ -361,3 +361,46 @@ async fn equal_leaves_keep_all_their_packs() {
     let volume = Volume::zeros(2 * SEGMENT).with(0, &bytes).with(SEGMENT, &bytes);
     check(&repo, &record.volumes[0], &volume).await.unwrap();
 }
+
+/// A pinned root that is missing something is not always one whose pin came too late: its owner may be decided since.
+#[tokio::test]
+async fn a_pinned_root_whose_owner_was_decided_since_is_not_passed_over() {
+    let (store, repo) = new_repo().await;
+    let a = take(&repo, &two_segments(1, 2)).await.unwrap();
+    let b = take(&repo, &two_segments(1, 3)).await.unwrap();
+    delete(&repo, &a).await;
+    collect_all(&repo).await.unwrap();
+    // It pins `b`, and through it uses a leaf of `a`.
+    let commits = Gate::default();
+    store.first(|call| call.is(Operation::Create, "snaps/"), Fate::Pause(commits.clone()));
+    let writer = tokio::spawn({
+        let repo = repo.clone();
+        async move { take(&repo, &two_segments(1, 4)).await }
+    });
+    commits.reached().await;
+    delete(&repo, &b).await;
+    // A collector that has seen the pin and no commit, and goes on to walk `b`.
+    let walks = Gate::default();
+    let pack = format!("packs/{}/", b.id);
+    store.first(
+        move |call| {
+            matches!(call.operation, Operation::Get | Operation::GetRange)
+                && call.key.starts_with(&pack)
+        },
+        Fate::Pause(walks.clone()),
+    );
+    let patient = CollectOptions { silent: NEVER, ..at_once() };
+    let collector = tokio::spawn({
+        let repo = repo.clone();
+        async move { collect(&repo, &patient, &context()).await }
+    });
+    walks.reached().await;
+    commits.open();
+    let c = writer.await.unwrap().unwrap();
+    collect_all(&repo).await.unwrap();
+    check(&repo, &c.volumes[0], &two_segments(1, 4)).await.unwrap();
+    walks.open();
+    collector.await.unwrap().unwrap();
+    check(&repo, &c.volumes[0], &two_segments(1, 4)).await.unwrap();
+    assert_tidy(&repo).await;
+}
