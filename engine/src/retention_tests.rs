@@ -26,6 +26,7 @@ fn record(run: &str, created: Timestamp, n: u128, labels: &[(&str, &str)]) -> Sn
         message: None,
         metadata: BTreeMap::new(),
         parent: None,
+        origin: None,
         volumes: vec![],
         stats: SnapshotStats::default(),
     }

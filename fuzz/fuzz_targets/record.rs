@@ -2,16 +2,24 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use petra_engine::format::envelope;
 use petra_engine::crypto::Slot;
+use petra_engine::format::envelope;
 use petra_engine::key::Key;
-use petra_engine::record::{CatalogueEntry, Config, Decision, Mark, Pin, kind};
+use petra_engine::record::{CatalogueEntry, Config, Decision, Grave, Mark, Pin, kind};
 
 fuzz_target!(|input: (u8, &[u8])| {
     let (choice, json) = input;
     let key = Key::config();
     let _ = envelope::unseal::<Config>(kind::CONFIG, &key, json);
-    let kinds = [kind::CONFIG, kind::DECISION, kind::PIN, kind::MARK, kind::CATALOGUE, kind::KEY];
+    let kinds = [
+        kind::CONFIG,
+        kind::DECISION,
+        kind::PIN,
+        kind::MARK,
+        kind::CATALOGUE,
+        kind::KEY,
+        kind::GRAVE,
+    ];
     let kind = kinds[usize::from(choice) % kinds.len()];
     let sealed = envelope::seal_json(kind, &key, json);
     let _ = envelope::unseal::<Config>(kind, &key, &sealed);
@@ -19,6 +27,7 @@ fuzz_target!(|input: (u8, &[u8])| {
         let _ = snapshot.validate();
     }
     let _ = envelope::unseal::<Pin>(kind, &key, &sealed);
+    let _ = envelope::unseal::<Grave>(kind, &key, &sealed);
     let _ = envelope::unseal::<Mark>(kind, &key, &sealed);
     let _ = envelope::unseal::<CatalogueEntry>(kind, &key, &sealed);
     let _ = envelope::unseal::<Slot>(kind, &key, &sealed);
