@@ -135,6 +135,7 @@ impl Synthetic {
             message: None,
             metadata: BTreeMap::new(),
             parent: None,
+            origin: None,
             volumes: vec![self.manifest(snapshot).1.clone()],
             stats: SnapshotStats::default(),
         };

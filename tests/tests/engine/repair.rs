@@ -45,21 +45,21 @@ impl Disorder {
         for seed in 0..3 {
             records.push(take(&repo, &Volume::noise(seed, 30_000)).await.unwrap());
         }
-        let entry = |n: usize| Key::catalogue(&name("e"), &name("r"), records[n].id);
+        let entry = |n: usize| Key::catalogue(repo.keys(), &name("e"), &name("r"), records[n].id);
         memory.delete(&entry(0)).await.unwrap();
         flip(&memory, &entry(1), 100);
         let ctx = context();
         let (mut aborted, _) = Session::begin(&repo, &[], &ctx).await.unwrap();
         aborted.enter(&name("e"), &name("r")).await.unwrap();
-        let dead = Key::catalogue(&name("e"), &name("r"), aborted.id());
+        let dead = Key::catalogue(repo.keys(), &name("e"), &name("r"), aborted.id());
         let body = memory.get(&dead).await.unwrap();
         assert!(aborted.abandon().await.is_none());
         memory.put(&dead, body).await.unwrap();
         let (mut elsewhere, _) = Session::begin(&repo, &[], &ctx).await.unwrap();
         elsewhere.enter(&name("e"), &name("other")).await.unwrap();
-        let written = Key::catalogue(&name("e"), &name("other"), elsewhere.id());
+        let written = Key::catalogue(repo.keys(), &name("e"), &name("other"), elsewhere.id());
         let body = memory.get(&written).await.unwrap();
-        let misplaced = Key::catalogue(&name("e"), &name("other"), records[2].id);
+        let misplaced = Key::catalogue(repo.keys(), &name("e"), &name("other"), records[2].id);
         memory.put(&misplaced, body.clone()).await.unwrap();
         memory.delete(&entry(2)).await.unwrap();
         memory.put(&entry(2), body).await.unwrap();

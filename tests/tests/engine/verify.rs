@@ -78,7 +78,7 @@ async fn a_snapshot_without_an_entry_is_found_and_checked() {
     let (memory, repo) = new_repo().await;
     let lost = take(&repo, &Volume::noise(1, 90_000)).await.unwrap();
     let known = take(&repo, &Volume::noise(2, 90_000)).await.unwrap();
-    let entry = Key::catalogue(&name("e"), &name("r"), lost.id);
+    let entry = Key::catalogue(repo.keys(), &name("e"), &name("r"), lost.id);
     memory.delete(&entry).await.unwrap();
     let scopes = [
         Item::Repository,
@@ -122,7 +122,7 @@ async fn every_damaged_small_object_is_reported_and_costs_no_other_finding() {
         Key::mark(taken[0].id, 1),
         Key::pin(session.id(), 0),
         Key::snap(taken[1].id),
-        Key::catalogue(&name("e"), &name("r"), taken[2].id),
+        Key::catalogue(repo.keys(), &name("e"), &name("r"), taken[2].id),
     ];
     for key in &keys {
         flip(&memory, key.as_str(), 100).await;
