@@ -61,7 +61,7 @@ fn number(id: SnapshotId) -> u64 {
 
 /// The session whose packs hold a segment: every twentieth snapshot shares half of it with its neighbour.
 fn home(snapshot: u64, segment: usize) -> u64 {
-    if snapshot % 20 == 1 && segment % 2 == 0 { snapshot - 1 } else { snapshot }
+    if snapshot % 20 == 1 && segment.is_multiple_of(2) { snapshot - 1 } else { snapshot }
 }
 
 fn leaf(snapshot: u64, segment: usize, ids: &[ChunkId]) -> Leaf {

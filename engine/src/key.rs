@@ -80,7 +80,7 @@ impl Key {
     }
 
     /// A wrapped data key.
-    pub fn key(id: SnapshotId) -> Self {
+    pub fn slot(id: SnapshotId) -> Self {
         Self(format!("{KEYS}{id}"))
     }
 

@@ -117,7 +117,7 @@ impl Repository {
         if let Err(error) = publish_config(&*store, body).await {
             if matches!(error, Error::NotEmpty { .. }) {
                 // Best effort: a slot for another configuration opens nothing.
-                let _ = store.delete(&Key::key(slot)).await;
+                let _ = store.delete(&Key::slot(slot)).await;
             }
             return Err(error);
         }

@@ -57,7 +57,8 @@ fn each_rule_by_itself() {
         change(&mut policy);
         policy
     };
-    let cases: [(fn(&mut Policy), Vec<usize>); 8] = [
+    type Change = fn(&mut Policy);
+    let cases: [(Change, Vec<usize>); 8] = [
         (|p| p.keep_last = 2, vec![0, 1]),
         (|p| p.keep_hourly = 3, vec![0, 1, 2]),
         // The newest is alone in its day: it was made at midnight.

@@ -130,9 +130,8 @@ impl OfRepository {
     async fn list(&self, session: &Session) -> Result<(), Failure> {
         let url = session.url(&self.url)?;
         let location = url.resolved_repository()?;
-        let keys = session.unless_cancelled(async {
-            Ok::<_, Error>(list_keys(&*store::open(&location).await?).await?)
-        });
+        let keys =
+            session.unless_cancelled(async { list_keys(&*store::open(&location).await?).await });
         let keys = keys.await.at(&url)?;
         let document = Listed { url: url.to_string(), keys: keys.iter().map(View::from).collect() };
         session.out.report(&document, || table(&document.keys))

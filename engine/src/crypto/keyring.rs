@@ -58,7 +58,7 @@ async fn slots(store: &dyn Store) -> Result<Vec<(SnapshotId, Result<Slot>)>> {
 }
 
 async fn read_slot(store: &dyn Store, id: SnapshotId) -> Result<Slot> {
-    let key = Key::key(id);
+    let key = Key::slot(id);
     envelope::unseal(kind::KEY, &key, &store.get(&key).await?).map_err(|error| error.of(&key))
 }
 
@@ -78,7 +78,7 @@ pub async fn unlock(
             }
         };
         let (made_for, secret) = (slot.config, secret.clone());
-        let unwrapped = heavy(move || slot.unwrap(&Key::key(id), &secret)).await?;
+        let unwrapped = heavy(move || slot.unwrap(&Key::slot(id), &secret)).await?;
         tried += 1;
         match unwrapped {
             Ok(Some(data)) if made_for == config => return Ok((data, id)),
@@ -111,14 +111,14 @@ pub async fn put_slot(
 ) -> Result<KeyInfo> {
     let id = ctx.host.new_id();
     let (data, new, host, created) = (data.clone(), new.clone(), ctx.host.clone(), timestamp(ctx));
-    let wrap = move || Slot::wrap(&Key::key(id), config, &data, &new, created, &*host);
+    let wrap = move || Slot::wrap(&Key::slot(id), config, &data, &new, created, &*host);
     let slot = heavy(wrap).await??;
-    store.put(&Key::key(id), seal(id, &slot)?).await?;
+    store.put(&Key::slot(id), seal(id, &slot)?).await?;
     Ok(KeyInfo { id, slot })
 }
 
 fn seal(id: SnapshotId, slot: &Slot) -> Result<Bytes> {
-    let sealed = envelope::seal(kind::KEY, &Key::key(id), slot);
+    let sealed = envelope::seal(kind::KEY, &Key::slot(id), slot);
     sealed.map_err(|_| Error::Internal("a slot can't be written as JSON"))
 }
 
@@ -150,7 +150,7 @@ impl Repository {
             let text = format!("{id} is the only key: without it all data would be lost");
             return Err(Error::Request(text));
         }
-        let key = Key::key(id);
+        let key = Key::slot(id);
         let body = match self.store().get(&key).await {
             Ok(body) => body,
             Err(error) if error.is_not_found() => return Err(self.unknown_key(id).await),

@@ -230,7 +230,7 @@ fn names_do_not_show() {
 }
 
 fn slot_for(new: &NewKey) -> (Key, Slot) {
-    let key = Key::key(SnapshotHost.new_id());
+    let key = Key::slot(SnapshotHost.new_id());
     let config = Digest([9; 32]);
     let created = jiff::Timestamp::UNIX_EPOCH;
     let slot = Slot::wrap(&key, config, &data_key(), new, created, &SystemHost).unwrap();
@@ -266,7 +266,7 @@ fn slots_open_for_their_secret_only() {
             assert!(data.is_none_or(|data| data.0 == data_key().0));
         }
         // Neither from another place.
-        assert!(slot.unwrap(&Key::key(SystemHost.new_id()), mine).unwrap().is_none());
+        assert!(slot.unwrap(&Key::slot(SystemHost.new_id()), mine).unwrap().is_none());
     }
 }
 

@@ -99,9 +99,10 @@ async fn a_repository_with_everything_and_then_nothing() {
     let (from, to) = (init(source.clone()).await, init(target.clone()).await);
     let all = filled(&from).await;
     source.reset();
+    target.reset();
     let dry_run = CopyOptions { dry_run: true };
     let said = copy(&from, &Item::Repository, &to, &dry_run, &context()).await.unwrap();
-    assert!(!target.log().iter().any(|call| call.is_write() && !call.key.starts_with("config")));
+    assert!(!target.log().iter().any(|call| call.is_write()));
     let done = copy_all(&from, &to).await;
     assert_eq!((done.copied.len(), done.present, done.failed.len()), (4, 0, 0));
     assert_eq!(said.data_bytes, done.data_bytes);

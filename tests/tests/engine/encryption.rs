@@ -286,7 +286,7 @@ async fn every_changed_byte_is_noticed() {
                 Ok(noticed) => assert!(noticed, "byte {place} of {key}"),
                 Err(error) => assert!(error.to_string().contains(&key), "{place}, {key}: {error}"),
             }
-            let options = vec![0..volume.len()];
+            let options = std::iter::once(0..volume.len()).collect();
             if let Ok(found) = repo.find(&SnapshotRef::Id(record.id)).await {
                 // Whatever comes back is right.
                 let report = check_rest(&repo, &found.volumes[0], &volume, options).await.unwrap();
@@ -429,7 +429,7 @@ async fn several_keys_and_rotation() {
     }
 
     // One slot that is damaged does not keep others from opening.
-    store.damage(Key::key(first).as_str(), |body| Some(body[..9].to_vec()));
+    store.damage(Key::slot(first).as_str(), |body| Some(body[..9].to_vec()));
     let by_file = Repository::unlock(store.clone(), &file).await.unwrap();
     assert_eq!(by_file.opened_with(), Some(second));
     // And can't be the one that is left.
@@ -464,7 +464,7 @@ async fn two_removals_at_once_leave_a_key() {
     let other = memory.clone();
     store.rule(move |_, call| {
         if call.is(Operation::Delete, "keys/") {
-            other.damage(Key::key(first).as_str(), |_| None);
+            other.damage(Key::slot(first).as_str(), |_| None);
         }
         Fate::Pass
     });

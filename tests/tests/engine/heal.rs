@@ -135,8 +135,14 @@ async fn data_that_a_given_volume_has_in_its_place_or_elsewhere() {
             damage(&memory, pack, kind, 40_000);
             // Without it, exactly what can't be restored is lost.
             let report = repair_with(&repo, &[]).await;
-            let found =
-                check_rest(&repo, &taken.volumes[0], &volume, vec![0..volume.len()]).await.unwrap();
+            let found = check_rest(
+                &repo,
+                &taken.volumes[0],
+                &volume,
+                std::iter::once(0..volume.len()).collect(),
+            )
+            .await
+            .unwrap();
             let ranges = |ranges: &[ByteRange]| -> Vec<Range<u64>> {
                 ranges.iter().map(|range| range.start..range.end).collect()
             };
@@ -240,7 +246,7 @@ async fn a_repair_can_end_at_any_request_and_be_repeated() {
     let (first, second) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
     let other = take_alone(&repo, &Volume::noise(9, 50_000)).await;
     damage(&memory, data_pack(&first), Damage::Flipped, 40_000);
-    damage(&memory, manifest_pack(&second), Damage::Missing, 0);
+    damage(&memory, manifest_pack(&first), Damage::Missing, 0);
     let mut n = 0;
     loop {
         let repo = Repository::open(store.clone()).await.unwrap();
