@@ -222,6 +222,12 @@ impl FromStr for RepositoryUrl {
     }
 }
 
+/// True for a scheme and a host, whatever follows.
+fn is_endpoint(text: &str) -> bool {
+    let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    host.is_some_and(|host| !host.is_empty() && !host.starts_with('/'))
+}
+
 impl S3Location {
     fn set_options(&mut self, url: &str, query: &str) -> Result<()> {
         let mut seen = BTreeMap::new();
@@ -232,11 +238,11 @@ impl S3Location {
                 return Err(bad(url, format!("option '{key}' is given twice")));
             }
             match key {
-                "endpoint" if value.starts_with("http://") || value.starts_with("https://") => {
+                "endpoint" if is_endpoint(&value) => {
                     self.endpoint = Some(value.trim_end_matches('/').to_owned());
                 }
                 "endpoint" => {
-                    return Err(bad(url, "an endpoint begins with http:// or https://"));
+                    return Err(bad(url, "an endpoint is http:// or https:// and a host"));
                 }
                 "region" => self.region = Some(value),
                 "profile" => self.profile = Some(value),
@@ -418,6 +424,8 @@ mod tests {
             ("s3://", "no bucket"),
             ("s3://b/../c", "'..'"),
             ("s3://b?endpoint=127.0.0.1:9000", "http://"),
+            ("s3://b?endpoint=http://", "a host"),
+            ("s3://b?endpoint=https:////", "a host"),
             ("s3://b?colour=red", "unknown option 'colour'"),
             ("s3://b?region=a&region=b", "twice"),
             ("s3://b#e/r/@newest", "@latest"),
