@@ -11,11 +11,11 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`aead`] | one message under one key |
-//! | [`keys`] | a repository's keys, and everything that is done with them; none for a plain repository |
-//! | [`secret`] | what a person or program holds: a passphrase or a key file |
-//! | [`slot`] | the data key, wrapped for one such secret |
-//! | [`keyring`] | the slots of a repository: unlock, list, add, remove |
+//! | `aead` | one message under one key |
+//! | `keys` | a repository's keys, and everything that is done with them; none for a plain repository |
+//! | `secret` | what a person or program holds: a passphrase or a key file |
+//! | `slot` | the data key, wrapped for one such secret |
+//! | `keyring` | the slots of a repository: unlock, list, add, remove |
 //!
 //! Nothing else in the engine asks whether a repository is encrypted: it calls [`Keys`], which does nothing where
 //! there is nothing to do. Key material is wiped when it is dropped, and never part of `Debug` output or errors.
