@@ -223,7 +223,7 @@ def judge(world: World, bucket: Path, fresh_url: str, fresh: Path) -> None:
         return done.stdout if done else ""
 
     for _ in range(2):
-        must("gc", world.url, "--grace", "0", "--silent", "0", "--quiet")
+        must("gc", world.url, "--grace", "0", "--silent", "0", "--max-waste", "0", "--quiet")
     must("verify", world.url, "--read-data", "--quiet")
     survivors = []
     for number in range(WRITERS):
