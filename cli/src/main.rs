@@ -29,6 +29,7 @@ mod text;
 mod view;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 
@@ -50,8 +51,9 @@ fn main() -> ExitCode {
             interrupt::watch(session.cancel.clone(), output);
             args.command.run(&session).await
         });
-        // After a cancellation a request may still wait for its time-out; nothing depends on it.
-        runtime.shutdown_background();
+        // After a cancellation a request may still wait for its time-out; nothing depends on it. All other threads
+        // are waited for: glibc may touch a thread that ends while it is detached (its bug 19951), and crash.
+        runtime.shutdown_timeout(Duration::from_secs(1));
         result
     });
     match result {
