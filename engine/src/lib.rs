@@ -17,6 +17,7 @@
 //! progress, cancellation and limits. docs/format.md defines every byte, docs/protocol.md the order of writes.
 
 pub mod chunker;
+mod chunks;
 pub mod clone;
 pub mod collect;
 pub mod context;

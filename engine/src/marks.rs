@@ -1,7 +1,9 @@
-//! Deleted snapshots: which can come back, and bringing them back (docs/protocol.md, "Deleter").
+//! Marks: deleting snapshots, which of them can come back, and bringing them back (docs/protocol.md, "Deleter").
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
+use futures::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 
 use crate::context::Context;
@@ -11,9 +13,20 @@ use crate::key::{self, Key};
 use crate::name::Name;
 use crate::publish::{Published, publish};
 use crate::record::{Mark, MarkKind, SnapshotRecord, kind};
-use crate::repository::{Repository, timestamp};
-use crate::store::list_all;
+use crate::repository::{READS, Repository, stamp, timestamp};
+use crate::store::{list_all, list_each};
 use crate::url::{Item, Selector, SnapshotRef};
+
+/// What the marks of a snapshot say, and when they said it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MarkState {
+    /// The number of the last mark.
+    pub k: u32,
+    /// What it says.
+    pub mark: MarkKind,
+    /// When it was made, by its writer's clock.
+    pub at: Timestamp,
+}
 
 /// How long collectors keep what was deleted, unless they are told otherwise.
 pub const DEFAULT_GRACE: Duration = Duration::from_hours(7 * 24);
@@ -44,6 +57,114 @@ fn end_of_grace(at: Timestamp, grace: Duration) -> Timestamp {
 }
 
 impl Repository {
+    /// Marks a snapshot as deleted. Its data goes with a later collection. Deleting it again changes nothing, so
+    /// a delete whose answer got lost can be repeated.
+    pub async fn delete(&self, id: SnapshotId, ctx: &Context) -> Result<()> {
+        let (committed, ()) = futures::try_join!(self.committed(id), self.ready_to_write(ctx))?;
+        if committed.is_none() {
+            return Err(self.unknown_snapshot(id));
+        }
+        // Only after no mark or an Undelete: a Purge is final, and nothing may follow it.
+        let k = match self.last_mark(id).await? {
+            None => 1,
+            Some(state) if state.mark == MarkKind::Undelete => state.k + 1,
+            Some(_) => return Ok(()),
+        };
+        // If someone else's mark is there first, it is a Delete as well: odd marks are nothing else.
+        let key = Key::mark(id, k);
+        publish(self.store(), &key, self.mark(&key, MarkKind::Delete, ctx)?).await?;
+        Ok(())
+    }
+
+    /// What each marked snapshot's last mark says.
+    pub async fn marks(&self) -> Result<BTreeMap<SnapshotId, MarkState>> {
+        let last = self.last_marks().await?;
+        let read = last.into_iter().map(|(id, k)| async move {
+            Ok::<_, Error>(self.read_mark(id, k).await?.map(|state| (id, state)))
+        });
+        let read = stream::iter(read).buffer_unordered(READS);
+        read.try_filter_map(|mark| async move { Ok(mark) }).try_collect().await
+    }
+
+    /// The number of each marked snapshot's last mark.
+    pub(crate) async fn last_marks(&self) -> Result<BTreeMap<SnapshotId, u32>> {
+        let mut last = BTreeMap::new();
+        list_each(self.store(), key::MARKS, |entry| {
+            if let Some(mark) = key::parse_numbered(&entry.key, key::MARKS) {
+                last.insert(mark.session, mark.number);
+            }
+        })
+        .await?;
+        Ok(last)
+    }
+
+    /// A mark; None when it is gone, which it is only after the snapshot was buried.
+    pub(crate) async fn read_mark(&self, id: SnapshotId, k: u32) -> Result<Option<MarkState>> {
+        let key = Key::mark(id, k);
+        let body = match self.store().get(&key).await {
+            Ok(body) => body,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let mark: Mark = self.unseal(kind::MARK, &key, &body)?;
+        Ok(Some(MarkState { k, mark: mark.mark, at: mark.at }))
+    }
+
+    /// True when a snapshot with this last mark is not listed. Odd marks are Deletes, whatever can be read of them.
+    /// An even one that can't be read passes for an Undelete, since after a Purge the entry goes as well.
+    pub(crate) async fn hides(&self, id: SnapshotId, k: u32) -> Result<bool> {
+        if k % 2 == 1 {
+            return Ok(true);
+        }
+        match self.read_mark(id, k).await {
+            Ok(state) => Ok(state.is_none_or(|state| state.mark != MarkKind::Undelete)),
+            Err(error) if error.is_unreadable() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(crate) async fn last_mark(&self, id: SnapshotId) -> Result<Option<MarkState>> {
+        let mut last = None;
+        list_each(self.store(), &format!("{}{id}/", key::MARKS), |entry| {
+            last = key::parse_numbered(&entry.key, key::MARKS).map(|mark| mark.number).max(last);
+        })
+        .await?;
+        match last {
+            Some(k) => self.read_mark(id, k).await,
+            None => Ok(None),
+        }
+    }
+
+    pub(crate) async fn is_deleted(&self, id: SnapshotId) -> Result<bool> {
+        let last = self.last_mark(id).await?;
+        Ok(last.is_some_and(|state| state.mark != MarkKind::Undelete))
+    }
+
+    /// True when the data of a snapshot may be gone: a Purge mark is there, which is always the last one, or was
+    /// removed with all else of the snapshot.
+    pub(crate) async fn is_purged(&self, id: SnapshotId) -> Result<bool> {
+        Ok(self.unpurged(&[id]).await?.is_empty())
+    }
+
+    /// Those of some snapshots that are not purged.
+    pub(crate) async fn unpurged(&self, snapshots: &[SnapshotId]) -> Result<Vec<SnapshotId>> {
+        let mut unpurged = Vec::with_capacity(snapshots.len());
+        for id in snapshots {
+            if self.last_mark(*id).await?.is_none_or(|state| state.mark != MarkKind::Purge) {
+                unpurged.push(*id);
+            }
+        }
+        // The graves come last: a mark that was gone already is in one.
+        let graves = self.graves().await?;
+        unpurged.retain(|id| !graves.contains(*id));
+        Ok(unpurged)
+    }
+
+    /// A mark to publish under `key`.
+    pub(crate) fn mark(&self, key: &Key, mark: MarkKind, ctx: &Context) -> Result<bytes::Bytes> {
+        self.seal(kind::MARK, key, &Mark { stamp: stamp(ctx), mark, at: timestamp(ctx) })
+    }
+
     /// Brings a deleted snapshot back, unless a collector has given up its data. What is not deleted stays as it is,
     /// so an undelete whose answer got lost can be repeated.
     pub async fn undelete(&self, id: SnapshotId, ctx: &Context) -> Result<()> {

@@ -1,6 +1,6 @@
 //! A repository: one store with one configuration, in which snapshots are found by name and by id.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt, stream};
@@ -19,11 +19,10 @@ use crate::name::Name;
 use crate::probe::CheckedStore;
 use crate::publish::{Published, publish};
 use crate::record::{
-    CatalogueEntry, Cipher, Config, Decision, Encryption, Mark, MarkKind, SnapshotRecord, Writers,
-    kind,
+    CatalogueEntry, Cipher, Config, Decision, Encryption, SnapshotRecord, Writers, kind,
 };
 use crate::relocation::RelocationCache;
-use crate::store::{Entry, Store, StoreErrorCause, list_all, list_each};
+use crate::store::{Entry, Store, StoreErrorCause, list_all};
 use crate::url::{Item, Selector, SnapshotRef};
 
 /// Requests in flight while many small objects are read.
@@ -47,17 +46,6 @@ pub(crate) struct Unlocked {
     pub slot: SnapshotId,
     /// The hash of the configuration.
     pub config: Digest,
-}
-
-/// What the marks of a snapshot say, and when they said it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MarkState {
-    /// The number of the last mark.
-    pub k: u32,
-    /// What it says.
-    pub mark: MarkKind,
-    /// When it was made, by its writer's clock.
-    pub at: Timestamp,
 }
 
 /// Snapshots of a scope, with those told apart whose records can't be read.
@@ -226,11 +214,6 @@ impl Repository {
             .map_err(|error| error.of(key))
     }
 
-    /// A mark to publish under `key`.
-    pub(crate) fn mark(&self, key: &Key, mark: MarkKind, ctx: &Context) -> Result<bytes::Bytes> {
-        self.seal(kind::MARK, key, &Mark { stamp: stamp(ctx), mark, at: timestamp(ctx) })
-    }
-
     pub(crate) fn shared_store(&self) -> Arc<dyn Store> {
         self.store.clone()
     }
@@ -388,109 +371,6 @@ impl Repository {
             },
             Err(error) => error,
         }
-    }
-
-    /// Marks a snapshot as deleted. Its data goes with a later collection. Deleting it again changes nothing, so
-    /// a delete whose answer got lost can be repeated.
-    pub async fn delete(&self, id: SnapshotId, ctx: &Context) -> Result<()> {
-        let (committed, ()) = futures::try_join!(self.committed(id), self.ready_to_write(ctx))?;
-        if committed.is_none() {
-            return Err(self.unknown_snapshot(id));
-        }
-        // Only after no mark or an Undelete: a Purge is final, and nothing may follow it.
-        let k = match self.last_mark(id).await? {
-            None => 1,
-            Some(state) if state.mark == MarkKind::Undelete => state.k + 1,
-            Some(_) => return Ok(()),
-        };
-        // If someone else's mark is there first, it is a Delete as well: odd marks are nothing else.
-        let key = Key::mark(id, k);
-        publish(&*self.store, &key, self.mark(&key, MarkKind::Delete, ctx)?).await?;
-        Ok(())
-    }
-
-    /// What each marked snapshot's last mark says.
-    pub async fn marks(&self) -> Result<BTreeMap<SnapshotId, MarkState>> {
-        let last = self.last_marks().await?;
-        let read = last.into_iter().map(|(id, k)| async move {
-            Ok::<_, Error>(self.read_mark(id, k).await?.map(|state| (id, state)))
-        });
-        let read = stream::iter(read).buffer_unordered(READS);
-        read.try_filter_map(|mark| async move { Ok(mark) }).try_collect().await
-    }
-
-    /// The number of each marked snapshot's last mark.
-    pub(crate) async fn last_marks(&self) -> Result<BTreeMap<SnapshotId, u32>> {
-        let mut last = BTreeMap::new();
-        list_each(&*self.store, key::MARKS, |entry| {
-            if let Some(mark) = key::parse_numbered(&entry.key, key::MARKS) {
-                last.insert(mark.session, mark.number);
-            }
-        })
-        .await?;
-        Ok(last)
-    }
-
-    /// A mark; None when it is gone, which it is only after the snapshot was buried.
-    pub(crate) async fn read_mark(&self, id: SnapshotId, k: u32) -> Result<Option<MarkState>> {
-        let key = Key::mark(id, k);
-        let body = match self.store.get(&key).await {
-            Ok(body) => body,
-            Err(error) if error.is_not_found() => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let mark: Mark = self.unseal(kind::MARK, &key, &body)?;
-        Ok(Some(MarkState { k, mark: mark.mark, at: mark.at }))
-    }
-
-    /// True when a snapshot with this last mark is not listed. Odd marks are Deletes, whatever can be read of them.
-    /// An even one that can't be read passes for an Undelete, since after a Purge the entry goes as well.
-    async fn hides(&self, id: SnapshotId, k: u32) -> Result<bool> {
-        if k % 2 == 1 {
-            return Ok(true);
-        }
-        match self.read_mark(id, k).await {
-            Ok(state) => Ok(state.is_none_or(|state| state.mark != MarkKind::Undelete)),
-            Err(error) if error.is_unreadable() => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
-
-    pub(crate) async fn last_mark(&self, id: SnapshotId) -> Result<Option<MarkState>> {
-        let mut last = None;
-        list_each(&*self.store, &format!("{}{id}/", key::MARKS), |entry| {
-            last = key::parse_numbered(&entry.key, key::MARKS).map(|mark| mark.number).max(last);
-        })
-        .await?;
-        match last {
-            Some(k) => self.read_mark(id, k).await,
-            None => Ok(None),
-        }
-    }
-
-    async fn is_deleted(&self, id: SnapshotId) -> Result<bool> {
-        let last = self.last_mark(id).await?;
-        Ok(last.is_some_and(|state| state.mark != MarkKind::Undelete))
-    }
-
-    /// True when the data of a snapshot may be gone: a Purge mark is there, which is always the last one, or was
-    /// removed with all else of the snapshot.
-    pub(crate) async fn is_purged(&self, id: SnapshotId) -> Result<bool> {
-        Ok(self.unpurged(&[id]).await?.is_empty())
-    }
-
-    /// Those of some snapshots that are not purged.
-    pub(crate) async fn unpurged(&self, snapshots: &[SnapshotId]) -> Result<Vec<SnapshotId>> {
-        let mut unpurged = Vec::with_capacity(snapshots.len());
-        for id in snapshots {
-            if self.last_mark(*id).await?.is_none_or(|state| state.mark != MarkKind::Purge) {
-                unpurged.push(*id);
-            }
-        }
-        // The graves come last: a mark that was gone already is in one.
-        let graves = self.graves().await?;
-        unpurged.retain(|id| !graves.contains(*id));
-        Ok(unpurged)
     }
 
     /// What was decided about a session; None while it is undecided.

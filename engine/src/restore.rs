@@ -8,25 +8,22 @@
 //!   workers     decompress, verify every chunk, write           (rayon)
 //! ```
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::{StreamExt, stream};
 use serde::Serialize;
 
+use crate::chunks::{ChunkReader, FramePlan, Loss, Outcome, Placement, ranges, requests};
 use crate::context::Context;
-use crate::crypto::{Keys, Piece};
+use crate::crypto::Keys;
 use crate::error::{Error, Result};
-use crate::fetch::{Request, Span, coalesce};
-use crate::format::frame::{self, FrameLocation};
+use crate::format::frame::FrameLocation;
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::Child;
-use crate::id::{ChunkId, PackId};
-use crate::key::Key;
 use crate::progress::Event;
 use crate::record::VolumeRecord;
-use crate::relocation;
 use crate::repository::Repository;
 use crate::scan::is_zero;
 use crate::target::{FileTarget, Sink};
@@ -36,9 +33,6 @@ use crate::workers::Workers;
 
 /// Requests of at most [`crate::fetch::MAX_REQUEST`] bytes in memory at one time.
 const REQUESTS_IN_FLIGHT: usize = 8;
-
-/// The same for each reader of some chunks; there may be one on every thread.
-const READ_REQUESTS: usize = 2;
 
 /// How to restore.
 #[derive(Clone, Copy, Debug, Default)]
@@ -177,25 +171,6 @@ impl Sink for SegmentBuffer {
         Ok(())
     }
 }
-
-/// A chunk's way from its frame to the volume.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Placement {
-    pub(crate) id: ChunkId,
-    /// First byte within the raw frame.
-    pub(crate) offset: u32,
-    pub(crate) len: u32,
-    /// First byte within the volume.
-    pub(crate) target: u64,
-}
-
-impl Placement {
-    fn range(&self) -> Range<u64> {
-        self.target..self.target + u64::from(self.len)
-    }
-}
-
-pub(crate) type FramePlan = (FrameLocation, Vec<Placement>);
 
 /// A running restore.
 pub(crate) struct Restore<'a> {
@@ -348,9 +323,9 @@ impl<'a> Restore<'a> {
         let ctx = self.stoppable();
         let stop = ctx.cancel.clone();
         let (repo, sink, workers) = (self.repo.clone(), self.sink.clone(), self.workers.clone());
-        let job = Job { repo, sink, workers, ctx };
+        let reader = ChunkReader { repo, sink, workers, ctx };
         let frames = frames.into_iter().collect();
-        let requests = coalesce(spans(frames)).into_iter().map(|request| job.run(request));
+        let requests = requests(frames).into_iter().map(|request| reader.run(request));
         let mut outcomes = stream::iter(requests).buffer_unordered(REQUESTS_IN_FLIGHT);
         let mut result = Ok(());
         while let Some(outcome) = outcomes.next().await {
@@ -391,137 +366,6 @@ impl<'a> Restore<'a> {
     }
 }
 
-/// Chunks of a frame that can't be read, and why.
-#[derive(Debug)]
-pub(crate) struct Loss {
-    pub(crate) error: Error,
-    pub(crate) plan: FramePlan,
-}
-
-/// Fetches, verifies and writes some chunks; gives how many bytes were fetched, and what can't be read.
-pub(crate) async fn read_chunks(
-    repo: &Repository,
-    plans: Vec<FramePlan>,
-    sink: Arc<dyn Sink>,
-    workers: &Workers,
-    ctx: &Context,
-) -> Result<(u64, Vec<Loss>)> {
-    let job = Job { repo: repo.clone(), sink, workers: workers.clone(), ctx: ctx.clone() };
-    let requests = coalesce(spans(plans)).into_iter().map(|request| job.run(request));
-    let mut outcomes = stream::iter(requests).buffer_unordered(READ_REQUESTS);
-    let mut all = Outcome::default();
-    while let Some(outcome) = outcomes.next().await {
-        all.add(outcome?);
-    }
-    Ok((all.fetched_bytes, all.damaged))
-}
-
-/// What fetching and writing needs.
-struct Job {
-    repo: Repository,
-    sink: Arc<dyn Sink>,
-    workers: Workers,
-    ctx: Context,
-}
-
-impl Job {
-    /// Fetches, verifies and writes all that one request is for; what is missing or damaged there, from where it was
-    /// copied.
-    async fn run(&self, request: Request<FramePlan>) -> Result<Outcome> {
-        let mut outcome = Outcome::default();
-        let mut work = vec![(request, 0)];
-        while let Some((request, moves)) = work.pop() {
-            let pack = request.pack;
-            let fetched = tokio::select! {
-                biased;
-                () = self.ctx.cancel.cancelled() => Err(Error::Cancelled),
-                fetched = request.fetch(&self.repo, &self.ctx) => fetched,
-            };
-            let losses = match fetched {
-                Ok(fetched) => {
-                    let (keys, sink, ctx) =
-                        (self.repo.keys().clone(), self.sink.clone(), self.ctx.clone());
-                    let write = move || write_request(&request, &fetched, &keys, &*sink, &ctx);
-                    let mut written = self.workers.run(&self.ctx, write).await?;
-                    let losses = std::mem::take(&mut written.damaged);
-                    outcome.add(written);
-                    losses
-                }
-                Err(error) if error.is_damage() => {
-                    outcome.gets += 1;
-                    let lost = |span: Span<_>| Loss { error: missing(pack), plan: span.tag };
-                    request.spans.into_iter().map(lost).collect()
-                }
-                Err(error) => return Err(error),
-            };
-            if losses.is_empty() || moves == relocation::MAX_MOVES {
-                outcome.damaged.extend(losses);
-                continue;
-            }
-            let moved = self.moved(pack, losses, &mut outcome).await?;
-            work.extend(moved.into_iter().map(|request| (request, moves + 1)));
-        }
-        Ok(outcome)
-    }
-
-    /// Requests for the places to which compactions and repairs copied what is missing or damaged. What was not copied
-    /// stays lost.
-    async fn moved(
-        &self,
-        pack: PackId,
-        losses: Vec<Loss>,
-        outcome: &mut Outcome,
-    ) -> Result<Vec<Request<FramePlan>>> {
-        let (copies, damage) = match self.repo.relocations(pack).await {
-            Ok(copies) => (copies, None),
-            Err(error) if error.is_damage() => (Vec::new().into(), Some(describe_damage(&error))),
-            Err(error) => return Err(error),
-        };
-        let mut moved: BTreeMap<(PackId, u32), FramePlan> = BTreeMap::new();
-        for Loss { error, plan: (frame, placements) } in losses {
-            let mut left = Vec::new();
-            for placement in placements {
-                let at = (frame.offset, placement.offset, placement.len);
-                match copies.iter().find_map(|copy| copy.to.chunk(at.0, at.1, at.2)) {
-                    Some((frame, offset)) => {
-                        let plan =
-                            moved.entry((frame.pack, frame.offset)).or_insert((frame, vec![]));
-                        plan.1.push(Placement { offset, ..placement });
-                    }
-                    None => left.push(placement),
-                }
-            }
-            if left.is_empty() {
-                continue;
-            }
-            let error = match (&damage, error) {
-                // It is gone for a good reason, but what says where to can't be read.
-                (Some((object, detail)), Error::Missing { .. }) => {
-                    Error::Damaged { object: object.clone(), detail: detail.clone() }
-                }
-                (_, error) => error,
-            };
-            outcome.damaged.push(Loss { error, plan: (frame, left) });
-        }
-        Ok(coalesce(spans(moved.into_values().collect())))
-    }
-}
-
-fn missing(pack: PackId) -> Error {
-    let (object, needed_by) = (Key::pack(pack).to_string(), "a committed snapshot".to_owned());
-    Error::Missing { object, needed_by }
-}
-
-fn spans(plans: Vec<FramePlan>) -> Vec<Span<FramePlan>> {
-    let span = |plan: FramePlan| Span {
-        pack: plan.0.pack,
-        offset: plan.0.offset,
-        len: plan.0.stored_len,
-        tag: plan,
-    };
-    plans.into_iter().map(span).collect()
-}
-
 fn plan(leaf: &Leaf, start: u64, frames: &mut HashMap<FrameLocation, Vec<Placement>>) {
     for (at, chunk) in leaf.chunks() {
         if let Some(location) = leaf.frames.get(chunk.frame as usize) {
@@ -530,10 +374,6 @@ fn plan(leaf: &Leaf, start: u64, frames: &mut HashMap<FrameLocation, Vec<Placeme
             frames.entry(*location).or_default().push(placement);
         }
     }
-}
-
-fn ranges(plan: &FramePlan) -> Vec<Range<u64>> {
-    plan.1.iter().map(Placement::range).collect()
 }
 
 /// Sorts ranges and joins those that touch.
@@ -555,95 +395,6 @@ fn describe(ranges: &[ByteRange]) -> String {
     let more = ranges.len().saturating_sub(3);
     let more = if more > 0 { format!(" and {more} more ranges") } else { String::new() };
     format!("bytes {}{more}", first.join(", "))
-}
-
-#[derive(Debug, Default)]
-struct Outcome {
-    fetched_bytes: u64,
-    written_bytes: u64,
-    gets: u64,
-    damaged: Vec<Loss>,
-}
-
-impl Outcome {
-    fn add(&mut self, other: Self) {
-        self.fetched_bytes += other.fetched_bytes;
-        self.written_bytes += other.written_bytes;
-        self.gets += other.gets;
-        self.damaged.extend(other.damaged);
-    }
-}
-
-/// Decompresses, verifies and writes all that one request brought.
-fn write_request(
-    request: &Request<FramePlan>,
-    fetched: &crate::fetch::Fetched,
-    keys: &Keys,
-    sink: &dyn Sink,
-    ctx: &Context,
-) -> Result<Outcome> {
-    let mut outcome = Outcome { fetched_bytes: fetched.len_bytes(), gets: 1, ..Outcome::default() };
-    let (mut opened, mut raw) = (Vec::new(), Vec::new());
-    for span in &request.spans {
-        ctx.check()?;
-        let (location, placements) = &span.tag;
-        let object = || format!("frame {}+{} of {}", span.offset, span.len, Key::pack(span.pack));
-        let decoded = fetched.span(span).and_then(|stored| {
-            keys.open(Piece::Frame, stored, &mut opened)
-                .and_then(|stored| frame::decode(stored, location.raw_len, &mut raw))
-                .map_err(|error| error.of(object()))
-        });
-        if let Err(error) = decoded {
-            outcome.damaged.push(Loss { error, plan: span.tag.clone() });
-            continue;
-        }
-        let mut whole = Vec::with_capacity(placements.len());
-        // The same chunk may go to several places, but is verified once.
-        let mut verified: HashMap<(u32, u32, ChunkId), bool> = HashMap::new();
-        for placement in placements {
-            let bytes = chunk_of(&raw, placement);
-            let ok = *verified
-                .entry((placement.offset, placement.len, placement.id))
-                .or_insert_with(|| keys.chunk_id(bytes) == placement.id);
-            if ok {
-                whole.push(*placement);
-            } else {
-                let detail = format!("chunk {} expected, other bytes found", placement.id);
-                let error = Error::Damaged { object: object(), detail };
-                outcome.damaged.push(Loss { error, plan: (*location, vec![*placement]) });
-            }
-        }
-        outcome.written_bytes += write_placements(&raw, whole, sink)?;
-        let bytes = placements.iter().map(|placement| u64::from(placement.len)).sum();
-        ctx.progress.event(Event::Processed { bytes });
-    }
-    Ok(outcome)
-}
-
-fn chunk_of<'a>(raw: &'a [u8], placement: &Placement) -> &'a [u8] {
-    let start = placement.offset as usize;
-    // The leaf's parser made sure that chunks lie within their frames.
-    raw.get(start..start + placement.len as usize).unwrap_or_default()
-}
-
-/// Writes verified chunks; neighbours in both frame and volume go in one call.
-fn write_placements(raw: &[u8], mut placements: Vec<Placement>, sink: &dyn Sink) -> Result<u64> {
-    placements.sort_by_key(|placement| placement.target);
-    let mut written = 0;
-    let mut rest = placements.into_iter();
-    let mut next = rest.next();
-    while let Some(mut run) = next {
-        next = rest.next();
-        while let Some(neighbour) = next.filter(|n| {
-            n.target == run.target + u64::from(run.len) && n.offset == run.offset + run.len
-        }) {
-            run.len += neighbour.len;
-            next = rest.next();
-        }
-        sink.write_at(chunk_of(raw, &run), run.target)?;
-        written += u64::from(run.len);
-    }
-    Ok(written)
 }
 
 /// Goes through one segment of a target that holds data. Gives the leaf with the chunks that are still to be written.

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::runtime::Handle;
 
+use crate::chunks::{self, Placement};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::SEGMENT_BYTES;
@@ -20,7 +21,6 @@ use crate::id::SnapshotId;
 use crate::progress::{Event, Progress};
 use crate::record::VolumeRecord;
 use crate::repository::Repository;
-use crate::restore::{self, Placement};
 use crate::source::Source;
 use crate::target::Sink;
 use crate::tree;
@@ -168,7 +168,7 @@ impl StoredSource {
         }
         let sink = Arc::new(Scattered { places, bytes: Mutex::new(vec![0; len_bytes]) });
         let plans = plans.into_iter().collect();
-        let read = restore::read_chunks(&self.repo, plans, sink.clone(), &self.workers, &self.ctx);
+        let read = chunks::read_chunks(&self.repo, plans, sink.clone(), &self.workers, &self.ctx);
         let (fetched, losses) = self.runtime.block_on(read)?;
         if let Some(loss) = losses.into_iter().next() {
             return Err(loss.error);

@@ -15,8 +15,9 @@ use crate::error::Result;
 use crate::graves::Graves;
 use crate::id::SnapshotId;
 use crate::key::{self, Key};
+use crate::marks::MarkState;
 use crate::record::{CatalogueEntry, Decision, MarkKind, Pin, SnapshotRecord, kind};
-use crate::repository::{Listed, MarkState, READS, Repository};
+use crate::repository::{Listed, READS, Repository};
 use crate::store::list_all;
 use crate::url::Item;
 

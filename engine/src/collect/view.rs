@@ -12,8 +12,9 @@ use crate::error::{Error, Result};
 use crate::graves::Graves;
 use crate::id::{PackId, SnapshotId};
 use crate::key::{self, Key};
+use crate::marks::MarkState;
 use crate::record::{Decision, MarkKind, Pin, RootRef, VolumeRecord, kind};
-use crate::repository::{MarkState, READS, Repository, timestamp};
+use crate::repository::{READS, Repository, timestamp};
 use crate::store::list_each;
 
 /// What was decided about a session.

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::damage::{Damage, LostChunk};
 use super::{Healed, Origin, RepairOptions};
 use crate::chunker::Chunking;
+use crate::chunks::{self, Placement};
 use crate::collect::Copier;
 use crate::context::Context;
 use crate::crypto::{self, Keys};
@@ -24,7 +25,6 @@ use crate::key::Key;
 use crate::name::Name;
 use crate::record::kind;
 use crate::repository::Repository;
-use crate::restore::{self, Placement};
 use crate::scan::{Piece, Scanner};
 use crate::session::Session;
 use crate::source::Source;
@@ -207,7 +207,7 @@ impl<'a> Healing<'a> {
         }
         let sink = Arc::new(Buffer(Mutex::new(vec![0; end])));
         let plans = plans.into_iter().collect();
-        let read = restore::read_chunks(self.repo, plans, sink.clone(), &self.workers, self.ctx);
+        let read = chunks::read_chunks(self.repo, plans, sink.clone(), &self.workers, self.ctx);
         let (_, losses) = read.await?;
         let lost: HashSet<u64> =
             losses.iter().flat_map(|loss| &loss.plan.1).map(|placement| placement.target).collect();
