@@ -38,6 +38,17 @@ pub async fn exists(repository: &Repository, url: &PetraUrl) -> Result<(), Failu
     }
 }
 
+/// Fails if a URL names a part of a repository, for what concerns all of it: `command` says what is done to it.
+pub fn whole_repository(url: &PetraUrl, command: &str, done: &str) -> Result<(), Failure> {
+    if matches!(url.item, Item::Repository) || url.repository.is_template() {
+        return Ok(());
+    }
+    Err(Failure::fix(format!("{url} is a part of a repository")).hint(format!(
+        "experiments share data, so all of it is {done}: petra {command} {}",
+        url.repository
+    )))
+}
+
 /// The error for a URL that should name a snapshot.
 pub fn not_a_snapshot(url: &PetraUrl) -> Failure {
     let (what, hint) = match &url.item {

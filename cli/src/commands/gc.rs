@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use petra_engine::Item;
 use petra_engine::collect::{CollectOptions, CollectReport, collect};
 use serde::Serialize;
 
 use crate::failure::{At, Failure};
+use crate::lookup;
 use crate::session::Session;
 use crate::text::{Fields, bytes, count};
 
@@ -41,12 +41,7 @@ struct Document<'a> {
 impl Gc {
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
         let url = session.url(&self.url)?;
-        if !matches!(url.item, Item::Repository) && !url.repository.is_template() {
-            return Err(Failure::fix(format!("{url} is a part of a repository")).hint(format!(
-                "experiments share data, so all of it is collected: petra gc {}",
-                url.repository
-            )));
-        }
+        lookup::whole_repository(&url, "gc", "collected")?;
         let repository = session.open(&url).await?;
         let options = CollectOptions {
             grace: self.grace,

@@ -3,14 +3,15 @@
 use std::ffi::OsString;
 use std::sync::Arc;
 
+use petra_engine::Name;
 use petra_engine::repair::{Healed, Origin, RepairOptions, RepairReport, repair};
 use petra_engine::source::{FileSource, Source};
-use petra_engine::{Item, Name};
 use serde::Serialize;
 
 use super::snapshot;
 use super::verify::problem;
 use crate::failure::{At, Exit, Failure};
+use crate::lookup;
 use crate::session::Session;
 use crate::text::{bytes, count};
 
@@ -39,12 +40,7 @@ struct Document<'a> {
 impl Repair {
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
         let url = session.url(&self.url)?;
-        if !matches!(url.item, Item::Repository) && !url.repository.is_template() {
-            return Err(Failure::fix(format!("{url} is a part of a repository")).hint(format!(
-                "experiments share data, so all of it is repaired: petra repair {}",
-                url.repository
-            )));
-        }
+        lookup::whole_repository(&url, "repair", "repaired")?;
         let repository = session.open(&url).await?;
         let mut sources: Vec<(Name, Arc<dyn Source>)> = vec![];
         for (name, path) in snapshot::named(&self.sources)? {
