@@ -6,6 +6,7 @@ pub mod host;
 pub mod lab;
 pub mod loop_device;
 pub mod mount;
+pub mod outcomes;
 pub mod recording;
 pub mod require;
 pub mod s3;

@@ -131,13 +131,34 @@ async fn a_restore_that_runs_meanwhile_finds_the_copies() {
     running.await.unwrap().unwrap();
 }
 
+/// How many requests a collection of the sparse repository makes.
+async fn requests_of(options: &CollectOptions) -> usize {
+    let (store, repo, ..) = sparse().await;
+    store.reset();
+    collect(&repo, options, &context()).await.unwrap();
+    store.log().len()
+}
+
+/// The sparse repository after a collection was dropped at its `n`-th request.
+async fn dropped_at(
+    n: usize,
+    options: &CollectOptions,
+) -> (Arc<Recording>, Repository, Volume, SnapshotRecord) {
+    let (store, repo, after, record) = sparse().await;
+    let (gate, ctx) = (Gate::default(), context());
+    store.nth(n, Fate::Pause(gate.clone()));
+    tokio::select! {
+        done = collect(&repo, options, &ctx) => panic!("it ended before request {n}: {done:?}"),
+        () = gate.reached() => {}
+    }
+    store.reset();
+    (store, repo, after, record)
+}
+
 #[tokio::test]
 async fn a_compaction_that_fails_anywhere_loses_nothing() {
-    let (store, repo, ..) = sparse().await;
-    collect_all(&repo).await.unwrap();
-    let requests = store.log().len();
     for cause in [Fate::Fail(StoreErrorCause::Unavailable), Fate::LoseAnswer] {
-        for n in (0..requests).step_by(3) {
+        for n in (0..requests_of(&at_once()).await).step_by(2) {
             let (store, repo, after, record) = sparse().await;
             store.nth(n, cause.clone());
             let _ = collect_all(&repo).await;
@@ -150,18 +171,8 @@ async fn a_compaction_that_fails_anywhere_loses_nothing() {
 
 #[tokio::test]
 async fn a_compaction_that_is_dropped_anywhere_loses_nothing() {
-    let (store, repo, ..) = sparse().await;
-    collect_all(&repo).await.unwrap();
-    let requests = store.log().len();
-    for n in (0..requests).step_by(3) {
-        let (store, repo, after, record) = sparse().await;
-        let gate = Gate::default();
-        store.nth(n, Fate::Pause(gate.clone()));
-        tokio::select! {
-            _ = collect_all(&repo) => {}
-            () = gate.reached() => {}
-        }
-        store.reset();
+    for n in (0..requests_of(&at_once()).await).step_by(2) {
+        let (_, repo, after, record) = dropped_at(n, &at_once()).await;
         check(&repo, &record.volumes[0], &after).await.unwrap();
         assert_tidy(&repo).await;
     }
@@ -282,18 +293,8 @@ async fn only_the_living_keep_their_objects() {
 
 #[tokio::test]
 async fn a_burial_that_is_dropped_anywhere_is_finished_later() {
-    let (store, repo, ..) = sparse().await;
-    bury(&repo).await;
-    let requests = store.log().len();
-    for n in (0..requests).step_by(3) {
-        let (store, repo, after, record) = sparse().await;
-        let gate = Gate::default();
-        store.nth(n, Fate::Pause(gate.clone()));
-        tokio::select! {
-            _ = bury(&repo) => {}
-            () = gate.reached() => {}
-        }
-        store.reset();
+    for n in (0..requests_of(&burying()).await).step_by(2) {
+        let (_, repo, after, record) = dropped_at(n, &burying()).await;
         bury(&repo).await;
         bury(&repo).await;
         check(&repo, &record.volumes[0], &after).await.unwrap();

@@ -1,19 +1,16 @@
 //! kill -9 at any moment of a snapshot or a restore: what was committed stays, and the next run just works.
 
-use std::env;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use petra_engine::SnapshotId;
 use petra_engine::restore::{RestoreOptions, restore};
-use petra_engine::snapshot::snapshot;
-use petra_engine::source::FileSource;
 use petra_engine::store::LocalStore;
 use petra_engine::target::FileTarget;
 use petra_engine::url::Item;
-use petra_engine::{Repository, SnapshotId};
-use petra_tests::lab::{assert_tidy, check, context, init, name, request_of, take, verify_all};
+use petra_tests::lab::{assert_tidy, check, context, init, take, verify_all};
 use petra_tests::volume::{Volume, noise};
 
 use super::runtime;
@@ -25,45 +22,16 @@ fn volume(round: u64) -> Volume {
     Volume::zeros(9 << 20).with(0, &noise(0, 6 << 20)).with(round * 500_000, &noise(round, 2 << 20))
 }
 
-/// This test's binary again, running [`child`] with these instructions.
+/// A process that snapshots or restores again and again.
 fn start(verb: &str, dir: &Path) -> Child {
-    Command::new(env::current_exe().unwrap())
-        .args(["kill::child", "--exact", "--ignored", "--test-threads=1"])
-        .env("PETRA_TEST_CHILD", verb)
-        .env("PETRA_TEST_DIR", dir)
+    Command::new(env!("CARGO_BIN_EXE_petra-test-child"))
+        .arg(verb)
+        .arg(dir)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .unwrap()
-}
-
-#[test]
-#[ignore = "this is what the other tests here start and kill"]
-fn child() {
-    let Ok(verb) = env::var("PETRA_TEST_CHILD") else { return };
-    let dir = env::var("PETRA_TEST_DIR").unwrap();
-    let dir = Path::new(&dir);
-    runtime().block_on(async {
-        let repo = Repository::open(Arc::new(LocalStore::new(&dir.join("repo")))).await.unwrap();
-        // Whoever should kill it may have died first.
-        let started = Instant::now();
-        while started.elapsed() < Duration::from_secs(20) {
-            if verb == "snapshot" {
-                let source = FileSource::open(&dir.join("source")).unwrap();
-                let request = request_of("r", vec![(name("v"), Arc::new(source))]);
-                snapshot(&repo, request, &context()).await.unwrap();
-            } else {
-                let all = repo.snapshots(&Item::Repository).await.unwrap();
-                let record = &all[0].volumes[0];
-                let path = dir.join("target");
-                let target = FileTarget::create(&path, record.len_bytes).unwrap();
-                let options = RestoreOptions::default();
-                restore(&repo, record, target, &options, &context()).await.unwrap();
-                std::fs::remove_file(&path).unwrap();
-            }
-        }
-    });
 }
 
 /// Lets a child work for a while, different each time, and kills it.

@@ -7,32 +7,13 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use petra_engine::error::ErrorKind;
-use petra_engine::store::{
-    Creation, LocalStore, S3Options, S3Store, Store, StoreError, StoreErrorCause,
-};
+use petra_engine::store::{Creation, LocalStore, S3Options, S3Store, Store, StoreErrorCause};
 use petra_tests::mount::Tmpfs;
+use petra_tests::outcomes::causes;
 use petra_tests::s3::{Access, InProcessS3, VersityGw, free_address};
 use petra_tests::scripted::{ScriptedS3, answer, error};
 
 use super::conformance::{body, key, keys};
-
-/// Every operation's outcome, as the cause of its failure.
-async fn causes(store: &dyn Store) -> Vec<(&'static str, Result<(), StoreErrorCause>)> {
-    let key = key("snaps/1");
-    let cause = |error: StoreError| {
-        assert!(!error.detail.is_empty() && !error.to_string().contains("secret"), "{error}");
-        error.cause
-    };
-    vec![
-        ("get", store.get(&key).await.map(drop).map_err(cause)),
-        ("get_range", store.get_range(&key, 0..10).await.map(drop).map_err(cause)),
-        ("put", store.put(&key, body(10)).await.map_err(cause)),
-        ("create", store.create(&key, body(10)).await.map(drop).map_err(cause)),
-        ("list", store.list("snaps/", None).await.map(drop).map_err(cause)),
-        ("list_folders", store.list_folders("").await.map(drop).map_err(cause)),
-        ("delete", store.delete(&key).await.map_err(cause)),
-    ]
-}
 
 async fn all_fail_with(store: &dyn Store, cause: StoreErrorCause) {
     for (operation, outcome) in causes(store).await {
@@ -85,28 +66,20 @@ async fn wrong_credentials() {
     }
 }
 
-/// Runs the next test in a process that has nothing in its environment.
 #[test]
 fn no_credentials() {
-    let program = std::env::current_exe().unwrap();
-    let mut test = Command::new(program);
-    test.args(["--ignored", "--exact", "failures::no_credentials_in_an_empty_environment"]);
-    test.env_clear().env("AWS_EC2_METADATA_DISABLED", "true").env("HOME", "/nonexistent");
-    let output = test.output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && said.contains("1 passed"), "{said}");
-}
-
-#[tokio::test]
-#[ignore = "run by no_credentials"]
-async fn no_credentials_in_an_empty_environment() {
     let server = InProcessS3::start();
-    let store = S3Store::connect(&server.access().location("")).await.unwrap();
-    all_fail_with(&store, StoreErrorCause::Credentials).await;
-    let mut on_aws = server.access().location("");
-    on_aws.endpoint = None;
-    let error = S3Store::connect(&on_aws).await.unwrap_err();
-    assert!(error.to_string().contains("no region"), "{error}");
+    let mut child = Command::new(env!("CARGO_BIN_EXE_petra-test-child"));
+    child.args(["credentials", &server.access().url("").to_string()]);
+    child.env_clear().env("AWS_EC2_METADATA_DISABLED", "true").env("HOME", "/nonexistent");
+    let output = child.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8(output.stdout).unwrap();
+    let (on_aws, here): (Vec<&str>, Vec<&str>) =
+        said.lines().partition(|line| line.starts_with("on AWS"));
+    assert_eq!(here.len(), 7, "{said}");
+    assert!(here.iter().all(|line| line.ends_with(": Credentials")), "{said}");
+    assert!(on_aws.len() == 1 && on_aws[0].contains("no region"), "{said}");
 }
 
 #[tokio::test]
