@@ -32,6 +32,11 @@ impl ClonePin {
         result.map(|()| pin)
     }
 
+    /// A pin that was taken before, maybe by another process.
+    pub fn taken(repo: &Repository, id: SnapshotId, snapshot: SnapshotId) -> Self {
+        Self { repo: repo.clone(), id, snapshot }
+    }
+
     async fn put(&self, ctx: &Context) -> Result<()> {
         ctx.check()?;
         let snapshots = vec![self.snapshot];

@@ -13,6 +13,7 @@
 //! | `keys/ID` | the data key of an encrypted repository, wrapped for one secret |
 //! | `quarantine/KEY` | what a repair found in the place of a damaged object |
 //! | `runs/EXPERIMENT/RUN/SESSION` | where a session belongs: found by name, decided by `snaps/SESSION` |
+//! | `starts/SNAPSHOT/N` | what a mount of the snapshot's volume N touches first: a hint for clones |
 //! | `policies/N` | how long snapshots are kept; the highest number holds |
 //! | `probe/STAMP` | there for a moment, while a store is tried |
 //!
@@ -48,6 +49,8 @@ pub const KEYS: &str = "keys/";
 pub const QUARANTINE: &str = "quarantine/";
 /// The prefix of the catalogue.
 pub const RUNS: &str = "runs/";
+/// The prefix of the start lists.
+pub const STARTS: &str = "starts/";
 /// The prefix of all policies.
 pub const POLICIES: &str = "policies/";
 /// The prefix of all probes.
@@ -97,6 +100,11 @@ impl Key {
     /// A list of dead ids.
     pub fn grave(id: SnapshotId) -> Self {
         Self(format!("{GRAVES}{id}"))
+    }
+
+    /// The start list of a snapshot's `n`-th volume, from 1.
+    pub fn start(snapshot: SnapshotId, n: u32) -> Self {
+        Self(format!("{STARTS}{snapshot}/{n:06}"))
     }
 
     /// The `n`-th set of policies, from 1.

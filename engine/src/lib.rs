@@ -49,6 +49,7 @@ pub mod scan;
 pub mod session;
 pub mod snapshot;
 pub mod source;
+pub mod start;
 pub mod store;
 pub mod stored_source;
 mod survey;

@@ -277,6 +277,8 @@ pub mod kind {
     pub const KEY: &str = "key";
     /// [`super::CatalogueEntry`].
     pub const CATALOGUE: &str = "catalogue";
+    /// [`crate::start::StartList`].
+    pub const START: &str = "start";
     /// What [`crate::policies`] stores.
     pub const POLICIES: &str = "policies";
 }

@@ -50,7 +50,8 @@ pub(super) async fn bury(
         ctx.check()?;
         // The decision goes before the marks: a commit without its Purge would look alive.
         repo.store().delete(&Key::snap(id)).await?;
-        for prefix in [format!("{}{id}/", key::MARKS), format!("{}{id}/", key::PINS)] {
+        for prefix in [key::MARKS, key::PINS, key::STARTS] {
+            let prefix = format!("{prefix}{id}/");
             for entry in list_all(repo.store(), &prefix).await? {
                 repo.store().delete(&Key::from_listing(entry.key)).await?;
             }
