@@ -5,16 +5,15 @@
 //! writer still opens a block device exclusively, which the kernel refuses while anyone has it mounted.
 
 use std::collections::BTreeSet;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::Metadata;
 use std::io;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
-use rustix::fs::{major, minor};
+use crate::sys::mounts::{Mount, Number, parse_all, unescape};
 
 /// One use of a device or file.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -94,92 +93,6 @@ impl System {
     }
 }
 
-/// A device's number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Number {
-    major: u32,
-    minor: u32,
-}
-
-impl Number {
-    fn of_node(metadata: &Metadata) -> Self {
-        Self { major: major(metadata.rdev()), minor: minor(metadata.rdev()) }
-    }
-}
-
-impl fmt::Display for Number {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.major, self.minor)
-    }
-}
-
-impl FromStr for Number {
-    type Err = io::Error;
-
-    fn from_str(text: &str) -> io::Result<Self> {
-        let parse = || {
-            let (major, minor) = text.trim().split_once(':')?;
-            Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
-        };
-        parse().ok_or_else(|| io::Error::other(format!("{text:?} is not a device number")))
-    }
-}
-
-/// One line of `mountinfo`.
-#[derive(Debug)]
-struct Mount {
-    device: Number,
-    at: PathBuf,
-    source: PathBuf,
-    read_only: bool,
-}
-
-impl Mount {
-    /// `36 35 98:0 /root /at rw,noatime master:1 - ext4 /dev/sda1 rw,errors=continue`
-    fn parse(line: &[u8]) -> Option<Self> {
-        let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
-        let separator = fields.iter().position(|field| *field == b"-")?;
-        let [_, _, device, _, at, ..] = fields.as_slice() else { return None };
-        let [_, source, options, ..] = fields.get(separator + 1..)? else { return None };
-        Some(Self {
-            device: std::str::from_utf8(device).ok()?.parse().ok()?,
-            at: unescape(at).into(),
-            source: unescape(source).into(),
-            // The options of the file system, not of this mount of it: a read-only bind mount of a file
-            // system that is written elsewhere protects nothing.
-            read_only: options.split(|b| *b == b',').any(|option| option == b"ro"),
-        })
-    }
-
-    fn is_on(&self, device: Number) -> bool {
-        // btrfs and overlays report a made-up number with major 0; their source still names the device.
-        let made_up = self.device.major == 0;
-        self.device == device
-            || made_up
-                && self.source.is_absolute()
-                && std::fs::metadata(&self.source).is_ok_and(|metadata| {
-                    metadata.file_type().is_block_device() && Number::of_node(&metadata) == device
-                })
-    }
-}
-
-/// The kernel writes blanks, line ends and backslashes in paths as `\` and three octal digits.
-fn unescape(field: &[u8]) -> OsString {
-    let mut out = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, after)) = rest.split_first() {
-        let escaped = match after {
-            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', ..] if *first == b'\\' => {
-                Some((a - b'0') * 64 + (b - b'0') * 8 + (c - b'0'))
-            }
-            _ => None,
-        };
-        out.push(escaped.unwrap_or(*first));
-        rest = if escaped.is_some() { after.get(3..).unwrap_or_default() } else { after };
-    }
-    OsString::from_vec(out)
-}
-
 /// Follows devices to what stands on them: a disk to its partitions, a partition to a mapped device, a file to
 /// its loop device, and each to its mounts.
 struct Search<'a> {
@@ -192,7 +105,7 @@ struct Search<'a> {
 impl<'a> Search<'a> {
     fn new(system: &'a System) -> io::Result<Self> {
         let mountinfo = std::fs::read(system.proc.join("self/mountinfo"))?;
-        let mounts = mountinfo.split(|b| *b == b'\n').filter_map(Mount::parse).collect();
+        let mounts = parse_all(&mountinfo);
         Ok(Self { system, mounts, seen: BTreeSet::new(), uses: BTreeSet::new() })
     }
 

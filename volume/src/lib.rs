@@ -3,11 +3,23 @@
 //!
 //! | module | what it knows |
 //! |---|---|
+//! | [`backend`] | how images are made, copied by reference and deleted on btrfs and XFS |
 //! | [`device`] | whether a device or image is mounted, attached or otherwise in use |
 //! | [`error`] | what can go wrong |
+//! | [`pool`] | the directory that holds a machine's volumes: making it, its room, its recovery |
+//! | `sys` | ioctls, loop devices, mounts: all `unsafe` code |
+//! | [`volume`] | one volume: its device, mount, size, copies |
 
+pub mod backend;
 pub mod device;
 pub mod error;
+pub mod pool;
+mod sys;
+pub mod volume;
 
+pub use backend::{Backend, BackendKind, PendingCopy};
 pub use device::{System, Use};
 pub use error::{Error, Result};
+pub use pool::Pool;
+pub use sys::files::Space;
+pub use volume::{LockedVolume, Volume};

@@ -1,0 +1,91 @@
+//! btrfs: the kernel does everything.
+//!
+//! Images have no copy on write (`chattr +C`, set before there is any data): writes stay in place, so that an image has as
+//! few extents as its writer makes and is as fast as on any other file system. Only the first write to what a copy shares
+//! goes to a new place. A snapshot of a subvolume is one transaction whatever the image's size, and on disk when the call
+//! returns.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::IFlags;
+
+use super::{Backend, BackendKind, IMAGE, PendingCopy, new_file, open_image};
+use crate::error::{Error, Result};
+use crate::sys::{btrfs, files};
+
+/// See the module.
+#[derive(Clone, Copy, Debug)]
+pub struct Btrfs;
+
+impl Backend for Btrfs {
+    fn kind(&self) -> BackendKind {
+        BackendKind::Btrfs
+    }
+
+    fn create(&self, live: &Path, len_bytes: u64) -> Result<()> {
+        btrfs::create_subvolume(live).map_err(Error::io("create subvolume", live))?;
+        let path = live.join(IMAGE);
+        let image = new_file(&path)?;
+        files::set_flag(&image, IFlags::NOCOW).map_err(Error::io("set nodatacow on", &path))?;
+        if !files::has_flag(&image, IFlags::NOCOW).map_err(Error::io("look at", &path))? {
+            let detail = "the file system did not take the flag nodatacow (chattr +C)".to_owned();
+            return Err(Error::Unsupported { path, detail });
+        }
+        image.set_len(len_bytes).map_err(Error::io("set the length of", &path))?;
+        image.sync_all().map_err(Error::io("sync", &path))?;
+        files::sync_directory(live).map_err(Error::io("sync", live))
+    }
+
+    fn begin_copy(&self, live: &Path, copy: &Path) -> Result<Box<dyn PendingCopy>> {
+        // What is dirty in the page cache (with direct I/O nothing) is written now rather than in the freeze.
+        let image = live.join(IMAGE);
+        open_image(&image, false)?.sync_data().map_err(Error::io("sync", &image))?;
+        let top = File::open(live).map_err(Error::io("open", live))?;
+        Ok(Box::new(Pending { live: top, copy: copy.to_owned(), published: false }))
+    }
+
+    fn clone_from_copy(&self, copy: &Path, live: &Path) -> Result<()> {
+        let top = File::open(copy).map_err(Error::io("open", copy))?;
+        btrfs::snapshot(&top, live, false).map_err(Error::io("make a snapshot as", live))
+    }
+
+    fn delete(&self, dir: &Path) -> Result<()> {
+        match btrfs::is_subvolume(dir) {
+            Ok(true) => btrfs::delete_subvolume(dir).map_err(Error::io("delete subvolume", dir)),
+            // A creation that ended before there was a subvolume.
+            Ok(false) => std::fs::remove_dir_all(dir).map_err(Error::io("delete", dir)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Error::io("look at", dir)(error)),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Pending {
+    live: File,
+    copy: PathBuf,
+    published: bool,
+}
+
+impl PendingCopy for Pending {
+    fn finish(&mut self, _frozen: bool) -> Result<()> {
+        btrfs::snapshot(&self.live, &self.copy, true)
+            .map_err(Error::io("make a snapshot as", &self.copy))
+    }
+
+    fn publish(mut self: Box<Self>) -> Result<()> {
+        self.published = true;
+        Ok(())
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if !self.published {
+            // What stays is found by the next recovery.
+            let _ = Btrfs.delete(&self.copy);
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Giving a volume a block device.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use super::{LockedVolume, Volume};
+use crate::error::{Error, Result};
+use crate::pool::state::Filesystem;
+use crate::sys::loops::{Backing, LoopDevice, Options};
+
+/// The device of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Attachment {
+    /// Its path: `/dev/loop3`.
+    pub device: PathBuf,
+    /// Nobody can write to it.
+    pub read_only: bool,
+    /// Its data goes around the page cache.
+    pub direct_io: bool,
+    #[serde(skip)]
+    pub(crate) loop_device: LoopDevice,
+}
+
+impl Attachment {
+    fn new(loop_device: LoopDevice, backing: Backing) -> Self {
+        Self {
+            device: loop_device.path(),
+            read_only: backing.read_only,
+            direct_io: backing.direct_io,
+            loop_device,
+        }
+    }
+}
+
+impl Volume {
+    /// The device that the volume is attached to. Asked from the kernel.
+    pub fn attachment(&self) -> Result<Option<Attachment>> {
+        let all = self.attachments()?;
+        Ok(all.into_iter().next().map(|(device, backing)| Attachment::new(device, backing)))
+    }
+
+    pub(crate) fn attachments(&self) -> Result<Vec<(LoopDevice, Backing)>> {
+        let image = self.image();
+        let failed = || Error::io("find the device of", self.image());
+        let metadata = match std::fs::metadata(&image) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+            Err(error) => return Err(Error::io("look at", image)(error)),
+        };
+        // The file of an image server is known by its path: to ask a server that is away would block.
+        let served = self.lazy_directory().join(crate::backend::IMAGE);
+        let mut found = vec![];
+        for device in LoopDevice::attached().map_err(failed())? {
+            if let Some(backing) = device.backing().map_err(failed())?
+                && (backing.is(&metadata) || device.backing_path().as_ref() == Some(&served))
+            {
+                found.push((device, backing));
+            }
+        }
+        Ok(found)
+    }
+}
+
+impl LockedVolume {
+    /// Attaches the volume's image to a device, unless it is attached already in this way. For a lazy clone see
+    /// [`attach_image`](Self::attach_image).
+    pub fn attach(&mut self, read_only: bool) -> Result<Attachment> {
+        if self.state.lazy.is_some() {
+            return Err(Error::Request(format!(
+                "{} is a lazy clone, which needs an image server to be attached",
+                self.volume
+            )));
+        }
+        let image = self.volume.image();
+        self.check_image(&image)?;
+        self.attach_image(&image, read_only)
+    }
+
+    /// The same with another file in the image's place: what an image server serves.
+    pub fn attach_image(&mut self, image: &Path, read_only: bool) -> Result<Attachment> {
+        if let Some(attachment) = self.volume.attachment()? {
+            if attachment.read_only != read_only {
+                let how = if attachment.read_only { "read-only" } else { "for writing" };
+                let by = format!("attached {how} to {}", attachment.device.display());
+                return Err(self.volume.in_use(by));
+            }
+            self.want_attached(read_only)?;
+            return Ok(attachment);
+        }
+        // Noted first: a device that nobody notes as wanted is one that a crash has left.
+        self.want_attached(read_only)?;
+        let file = File::options()
+            .read(true)
+            .write(!read_only)
+            .open(image)
+            .map_err(Error::io("open", image))?;
+        let options =
+            Options { read_only, sector_bytes: self.state.sector_bytes, autoclear: false };
+        LoopDevice::attach(&file, options).map_err(Error::io("attach", image))?;
+        match self.volume.attachment()? {
+            Some(attachment) => Ok(attachment),
+            None => Err(Error::Internal("a device that was just attached can't be found")),
+        }
+    }
+
+    /// Detaches the volume. Refused while it is mounted or open.
+    pub fn detach(&mut self) -> Result<()> {
+        for (device, _) in self.volume.attachments()? {
+            if let Some(at) = self.volume.mounts_of(device)?.first() {
+                return Err(self.volume.in_use(format!("mounted at {}", at.display())));
+            }
+            device.detach().map_err(|cause| {
+                if cause.kind() == std::io::ErrorKind::ResourceBusy {
+                    self.volume.in_use(format!("{device} is open in some process"))
+                } else {
+                    Error::io("detach", device.path())(cause)
+                }
+            })?;
+        }
+        self.change(|state| state.wanted = Default::default())
+    }
+
+    fn want_attached(&mut self, read_only: bool) -> Result<()> {
+        self.change(|state| {
+            state.wanted.attached = true;
+            state.wanted.read_only = read_only;
+        })
+    }
+
+    /// Compares the image with what the state says. One that should have grown when a crash came grows now.
+    fn check_image(&mut self, path: &Path) -> Result<()> {
+        let len_bytes = std::fs::metadata(path).map_err(Error::io("look at", path))?.len();
+        let size_bytes = self.state.size_bytes;
+        if len_bytes < size_bytes && self.state.grow_filesystem {
+            self.set_image_size(size_bytes)?;
+            let is_raw = self.state.filesystem == Filesystem::Raw;
+            return self.change(|state| state.grow_filesystem = !is_raw);
+        }
+        if len_bytes != size_bytes {
+            let detail = format!("it has {len_bytes} bytes, and the volume has {size_bytes}");
+            return Err(Error::Damaged { path: path.to_owned(), detail });
+        }
+        Ok(())
+    }
+}

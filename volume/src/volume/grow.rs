@@ -1,0 +1,79 @@
+//! Making a volume larger while it is in use.
+
+use std::fs::File;
+use std::path::Path;
+
+use super::LockedVolume;
+use crate::error::{Error, Result};
+use crate::pool::MAX_VOLUME_BYTES;
+use crate::pool::state::Filesystem;
+use crate::sys::{btrfs, resize};
+
+impl LockedVolume {
+    /// Makes the volume this large, its device and its file system too. A file system that is not mounted grows at the
+    /// next mount. After a crash, the same call, or the next attach and mount, ends what was begun.
+    pub fn grow(&mut self, size_bytes: u64) -> Result<()> {
+        let (now, sector_bytes) = (self.state.size_bytes, u64::from(self.state.sector_bytes));
+        let wrong = if size_bytes < now {
+            format!("it has {now} bytes, and volumes don't shrink")
+        } else if size_bytes > MAX_VOLUME_BYTES {
+            format!("a volume has at most {MAX_VOLUME_BYTES} bytes (1 PiB)")
+        } else if !size_bytes.is_multiple_of(sector_bytes) {
+            format!("its size must be a multiple of {sector_bytes} bytes")
+        } else if self.state.lazy.is_some() {
+            "it is a lazy clone whose data is not all here".to_owned()
+        } else {
+            return self.grow_to(size_bytes);
+        };
+        let volume = &self.volume;
+        Err(Error::Request(format!("{volume} can't be given {size_bytes} bytes: {wrong}")))
+    }
+
+    fn grow_to(&mut self, size_bytes: u64) -> Result<()> {
+        {
+            let _list = self.volume.pool.lock_list()?;
+            let more_bytes = size_bytes - self.state.size_bytes;
+            if more_bytes > 0 {
+                self.volume.pool.check_promise(more_bytes)?;
+            }
+            let has_filesystem = self.state.filesystem != Filesystem::Raw;
+            self.change(|state| {
+                state.size_bytes = size_bytes;
+                // Also for a raw one until its image has grown.
+                state.grow_filesystem |= more_bytes > 0 || has_filesystem;
+            })?;
+        }
+        self.set_image_size(size_bytes)?;
+        for (device, _) in self.volume.attachments()? {
+            device.follow_size().map_err(Error::io("resize", device.path()))?;
+        }
+        if self.state.filesystem == Filesystem::Raw {
+            return self.change(|state| state.grow_filesystem = false);
+        }
+        match self.volume.mounts()?.first() {
+            Some(at) => self.grow_mounted(at),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn set_image_size(&self, size_bytes: u64) -> Result<()> {
+        let path = self.volume.image();
+        let image = File::options().write(true).open(&path).map_err(Error::io("open", &path))?;
+        image.set_len(size_bytes).map_err(Error::io("set the length of", &path))?;
+        image.sync_all().map_err(Error::io("sync", path))
+    }
+
+    /// Makes the file system that is mounted there as large as the volume.
+    pub(super) fn grow_mounted(&mut self, at: &Path) -> Result<()> {
+        let size_bytes = self.state.size_bytes;
+        let top = File::open(at).map_err(Error::io("open", at))?;
+        let grown = match self.state.filesystem {
+            Filesystem::Ext4 => resize::ext4(&top, size_bytes),
+            Filesystem::Xfs => resize::xfs(&top, size_bytes),
+            Filesystem::Btrfs => btrfs::grow_to_device(&top),
+            Filesystem::Raw => Ok(()),
+        };
+        grown.map_err(Error::io("grow the file system at", at))?;
+        self.change(|state| state.grow_filesystem = false)
+    }
+}

@@ -1,0 +1,109 @@
+//! Mounting a volume's file system.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+
+use super::{LockedVolume, Volume};
+use crate::error::{Error, Result};
+use crate::pool::state::Filesystem;
+use crate::sys::loops::LoopDevice;
+use crate::sys::mounts;
+
+impl Volume {
+    /// Where the volume is mounted, in this mount namespace. Asked from the kernel.
+    pub fn mounts(&self) -> Result<Vec<PathBuf>> {
+        let mut found = vec![];
+        for (device, _) in self.attachments()? {
+            found.extend(self.mounts_of(device)?);
+        }
+        Ok(found)
+    }
+
+    pub(crate) fn mounts_of(&self, device: LoopDevice) -> Result<Vec<PathBuf>> {
+        let all = mounts::all().map_err(Error::io("read", "/proc/self/mountinfo"))?;
+        let ours = all.into_iter().filter(|mount| mount.is_on(device.number()));
+        Ok(ours.map(|mount| mount.at).collect())
+    }
+}
+
+impl LockedVolume {
+    /// Mounts the volume, and attaches it first if it is not. The directory is made when it is missing. Does nothing when
+    /// it is mounted there already.
+    pub fn mount(&mut self, at: &Path, read_only: bool) -> Result<()> {
+        let filesystem = self.state.filesystem;
+        if filesystem == Filesystem::Raw {
+            return Err(Error::Request(format!(
+                "{} is a raw block device without a file system of Petra's: attach it",
+                self.volume
+            )));
+        }
+        std::fs::create_dir_all(at).map_err(Error::io("create", at))?;
+        let at = at.canonicalize().map_err(Error::io("look at", at))?;
+        let mounts = self.volume.mounts()?;
+        if mounts.contains(&at) {
+            return Ok(());
+        }
+        if let Some(there) = mounts.first() {
+            return Err(self.volume.in_use(format!("mounted at {}", there.display())));
+        }
+        // Only a device that is writable can be mounted so; a read-only mount can be of either.
+        let attachment = match self.volume.attachment()? {
+            Some(attachment) if read_only => attachment,
+            _ => self.attach(read_only)?,
+        };
+        let device = attachment.device;
+        mount(&device, &at, filesystem, read_only).map_err(|cause| {
+            if filesystem == Filesystem::Btrfs && cause.raw_os_error() == Some(EXIST) {
+                // Kernels before 6.7.
+                let detail = "another btrfs with the same id is mounted, as that of a copy or clone of it has; this \
+                              kernel can mount only one of them at a time (6.7 and later can)";
+                return Error::Unsupported { path: device.clone(), detail: detail.to_owned() };
+            }
+            Error::io("mount", &device)(cause)
+        })?;
+        self.change(|state| state.wanted.mounted_at = Some(at.clone()))?;
+        if self.state.grow_filesystem && !read_only {
+            self.grow_mounted(&at)?;
+        }
+        Ok(())
+    }
+
+    /// Ends all mounts of the volume. Refused while one is in use.
+    pub fn unmount(&mut self) -> Result<()> {
+        // Later mounts first: they may lie over earlier ones.
+        for at in self.volume.mounts()?.into_iter().rev() {
+            mounts::unmount(&at).map_err(|cause| {
+                if cause.kind() == io::ErrorKind::ResourceBusy {
+                    let by =
+                        format!("files at {} are open, or it is a current directory", at.display());
+                    self.volume.in_use(by)
+                } else {
+                    Error::io("unmount", &at)(cause)
+                }
+            })?;
+        }
+        self.change(|state| state.wanted.mounted_at = None)
+    }
+}
+
+const EXIST: i32 = Errno::EXIST.raw_os_error();
+const ROFS: i32 = Errno::ROFS.raw_os_error();
+
+/// Mounts a device. A read-only one whose journal was not emptied is mounted without it, since it can't be replayed.
+fn mount(device: &Path, at: &Path, filesystem: Filesystem, read_only: bool) -> io::Result<()> {
+    // A clone has its origin's id, which XFS takes for the same file system mounted twice.
+    let (options, without_journal) = match filesystem {
+        Filesystem::Ext4 => ("", "noload"),
+        Filesystem::Xfs => ("nouuid", "nouuid,norecovery"),
+        Filesystem::Btrfs => ("", "rescue=nologreplay"),
+        Filesystem::Raw => return Err(Errno::INVAL.into()),
+    };
+    match mounts::mount(device, at, filesystem.as_str(), read_only, options) {
+        Err(error) if read_only && error.raw_os_error() == Some(ROFS) => {
+            mounts::mount(device, at, filesystem.as_str(), read_only, without_journal)
+        }
+        mounted => mounted,
+    }
+}
