@@ -173,6 +173,9 @@ impl Cutter {
 
     /// The length of the first chunk of `data`, which must hold at least [`Chunking::max_len`] bytes or end where
     /// the data ends. Between 1 and `data.len()` for data that is not empty.
+    ///
+    /// Where the result is less than `data.len()` it does not depend on what follows, however short the data: a cut
+    /// shows at the latest when the two bytes behind it are there.
     pub fn first(&self, data: &[u8]) -> usize {
         match self.chunking {
             Chunking::FastCdc { min, average, max } => {
@@ -240,6 +243,29 @@ mod tests {
                 .map(|chunk| chunk.length)
                 .collect();
         assert_eq!(cuts(Chunking::default(), &data), crate_cuts);
+    }
+
+    #[test]
+    fn a_cut_does_not_depend_on_what_follows() {
+        let data = sample(70_000);
+        let gear = Arc::new(Gear::from_key(&[7; 32]));
+        let small = Chunking::FastCdc { min: 2048, average: 4096, max: 8192 };
+        let cutters = [
+            Chunking::default().cutter(),
+            Chunking::default().cutter().with_gear(gear),
+            small.cutter(),
+            Chunking::Fixed { len: 8192 }.cutter(),
+        ];
+        for cutter in cutters {
+            for data in [&data[..], &data[1..], &[0; 70_000]] {
+                let cut = cutter.first(data);
+                for len in (1..cut + 2).rev().take(5_000).chain(cut + 2..cut + 3_000) {
+                    let Some(front) = data.get(..len) else { break };
+                    let found = cutter.first(front);
+                    assert!(found == cut || (found == len && len < cut + 2), "{cut} {found} {len}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -49,6 +49,7 @@ pub mod scan;
 pub mod session;
 pub mod snapshot;
 pub mod source;
+mod splice;
 pub mod start;
 pub mod store;
 pub mod stored_source;

@@ -6,14 +6,18 @@
 //! the bytes alone: not on holes, window or buffer sizes.
 //!
 //! The window is small so that data is still in the processor's cache when it is hashed and compressed.
+//!
+//! A part of a segment can be scanned by itself, from any boundary between two pieces: [`crate::splice`] does.
+
+use std::ops::Range;
 
 use crate::chunker::Cutter;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, ZERO_RUN_BYTES};
 use crate::source::Source;
 
 /// Bytes read at once.
-const WINDOW_BYTES: usize = 512 << 10;
+pub(crate) const WINDOW_BYTES: usize = 512 << 10;
 
 /// What a segment is made of, in address order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +27,47 @@ pub enum Piece<'a> {
     /// One chunk's bytes.
     Chunk(&'a [u8]),
 }
+
+impl Piece<'_> {
+    /// Bytes of the address space.
+    pub fn len_bytes(&self) -> u64 {
+        match self {
+            Self::Zero(len) => u64::from(*len),
+            Self::Chunk(bytes) => bytes.len() as u64,
+        }
+    }
+}
+
+/// A part of a segment to scan, up to the segment's end.
+pub(crate) struct Part<'a> {
+    /// From a boundary between two pieces to the end of the segment.
+    pub range: Range<u64>,
+    /// The boundary is the start of a chunk. Its block may be one of zeros, and so may the blocks around it, in a run
+    /// that is too short for an extent of zeros: the caller knows that.
+    pub begins_with_data: bool,
+    /// How many bytes to read from some address on: whole blocks, [`WINDOW_BYTES`] at most.
+    pub step: &'a dyn Fn(u64) -> usize,
+    /// Gives every chunk as soon as it is known, at the price of looking at some bytes twice.
+    pub at_once: bool,
+}
+
+/// Why a scan ends before its range does.
+#[derive(Debug)]
+pub(crate) enum Stop {
+    /// The receiver of the pieces needs no more.
+    Enough,
+    /// It failed.
+    Failed(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Takes the pieces.
+type Take<'a> = dyn FnMut(Piece<'_>) -> Result<(), Stop> + 'a;
 
 /// Scans segments. Holds the window, so that workers reuse its memory.
 #[derive(Debug)]
@@ -59,39 +104,68 @@ impl Scanner {
         sink: &mut dyn FnMut(Piece<'_>) -> Result<()>,
     ) -> Result<()> {
         debug_assert!(start.is_multiple_of(SEGMENT_BYTES) && len <= SEGMENT_BYTES);
-        let segment_end = start + len;
-        let mut run = Run::default();
-        let mut at = start;
+        let range = start..start + len;
+        let part = Part { range, begins_with_data: false, step: &|_| WINDOW_BYTES, at_once: false };
+        self.scan_part(source, &part, &mut |piece| Ok(sink(piece)?))
+    }
+
+    /// Calls `take` for every piece from a boundary on, until it has enough or the segment ends.
+    pub(crate) fn scan_part(
+        &mut self,
+        source: &dyn Source,
+        part: &Part<'_>,
+        take: &mut Take<'_>,
+    ) -> Result<()> {
+        match self.pieces(source, part, take) {
+            Ok(()) | Err(Stop::Enough) => Ok(()),
+            Err(Stop::Failed(error)) => Err(error),
+        }
+    }
+
+    fn pieces(
+        &mut self,
+        source: &dyn Source,
+        part: &Part<'_>,
+        take: &mut Take<'_>,
+    ) -> Result<(), Stop> {
+        let Range { start: mut at, end: segment_end } = part.range;
+        let mut run = Run { open: part.begins_with_data, ..Run::default() };
+        let whole_from = round_up(at).min(segment_end);
+        if whole_from > at {
+            // The rest of a block whose front belongs to the piece before.
+            run.end = (whole_from - at) as usize;
+            source.read_at(self.buf.get_mut(..run.end).unwrap_or_default(), at)?;
+            at = whole_from;
+        }
         while at < segment_end {
             let data = source.next_data(at)?.filter(|data| data.start < segment_end);
             // Whole blocks only: a hole that ends within a block is read with it.
             let data_start = data.as_ref().map_or(segment_end, |d| round_down(d.start).max(at));
             let data_end = data.map_or(segment_end, |d| round_up(d.end).min(segment_end));
-            self.zeros(&mut run, (data_start - at) as usize, sink)?;
+            self.zeros(&mut run, (data_start - at) as usize, take)?;
             at = data_start;
             while at < data_end {
-                let want = (data_end - at).min(WINDOW_BYTES as u64) as usize;
-                source.will_read(at..(at + 4 * WINDOW_BYTES as u64).min(data_end));
-                self.window(&mut run, source, at, want, sink)?;
+                let step = (part.step)(at);
+                debug_assert!(step > 0 && step <= WINDOW_BYTES && step.is_multiple_of(BLOCK_BYTES));
+                let want = (data_end - at).min(step as u64) as usize;
+                if !part.at_once {
+                    source.will_read(at..(at + 4 * step as u64).min(data_end));
+                }
+                self.window(&mut run, source, at, want, part.at_once, take)?;
                 at += want as u64;
             }
         }
-        self.close(&mut run, sink)?;
-        emit_zeros(&mut run, sink)
+        self.close(&mut run, take)?;
+        emit_zeros(&mut run, take)
     }
 
     /// Takes `len` bytes of zeros that need not be read.
-    fn zeros(
-        &mut self,
-        run: &mut Run,
-        len: usize,
-        sink: &mut dyn FnMut(Piece<'_>) -> Result<()>,
-    ) -> Result<()> {
+    fn zeros(&mut self, run: &mut Run, len: usize, take: &mut Take<'_>) -> Result<(), Stop> {
         if run.open && run.zeros + len < ZERO_RUN_BYTES {
             let at = run.end + run.zeros;
             self.buf.get_mut(at..at + len).unwrap_or_default().fill(0);
         } else {
-            self.close(run, sink)?;
+            self.close(run, take)?;
         }
         run.zeros += len;
         Ok(())
@@ -104,8 +178,9 @@ impl Scanner {
         source: &dyn Source,
         at: u64,
         len: usize,
-        sink: &mut dyn FnMut(Piece<'_>) -> Result<()>,
-    ) -> Result<()> {
+        at_once: bool,
+        take: &mut Take<'_>,
+    ) -> Result<(), Stop> {
         let base = if run.open { run.end + run.zeros } else { 0 };
         let window = self.buf.get_mut(base..base + len).unwrap_or_default();
         debug_assert_eq!(window.len(), len);
@@ -117,11 +192,11 @@ impl Scanner {
             if is_zero {
                 run.zeros += block_len;
                 if run.open && run.zeros >= ZERO_RUN_BYTES {
-                    self.close(run, sink)?;
+                    self.close(run, take)?;
                 }
             } else {
                 if !run.open {
-                    emit_zeros(run, sink)?;
+                    emit_zeros(run, take)?;
                     (run.open, run.start) = (true, offset);
                 }
                 (run.end, run.zeros) = (offset + block_len, 0);
@@ -129,7 +204,7 @@ impl Scanner {
             offset += block_len;
         }
         if run.open {
-            self.cut(run, false, sink)?;
+            self.cut(run, false, at_once, take)?;
             // Make room at the end of the buffer.
             let live = run.start..run.end + run.zeros;
             self.buf.copy_within(live.clone(), 0);
@@ -139,13 +214,9 @@ impl Scanner {
     }
 
     /// Ends the run of data, if there is one.
-    fn close(
-        &mut self,
-        run: &mut Run,
-        sink: &mut dyn FnMut(Piece<'_>) -> Result<()>,
-    ) -> Result<()> {
+    fn close(&mut self, run: &mut Run, take: &mut Take<'_>) -> Result<(), Stop> {
         if run.open {
-            self.cut(run, true, sink)?;
+            self.cut(run, true, false, take)?;
             run.open = false;
         }
         Ok(())
@@ -156,29 +227,34 @@ impl Scanner {
         &mut self,
         run: &mut Run,
         ended: bool,
-        sink: &mut dyn FnMut(Piece<'_>) -> Result<()>,
-    ) -> Result<()> {
-        let least = if ended { 1 } else { self.max_chunk };
+        at_once: bool,
+        take: &mut Take<'_>,
+    ) -> Result<(), Stop> {
+        let least = if ended || at_once { 1 } else { self.max_chunk };
         while run.end - run.start >= least {
             let data = self.buf.get(run.start..run.end).unwrap_or_default();
             let len = self.cutter.first(data);
-            sink(Piece::Chunk(data.get(..len).unwrap_or_default()))?;
+            // A cut within the data stays where it is whatever follows; one at its end may not.
+            if len == data.len() && !ended && len < self.max_chunk {
+                break;
+            }
+            take(Piece::Chunk(data.get(..len).unwrap_or_default()))?;
             run.start += len;
         }
         Ok(())
     }
 }
 
-fn emit_zeros(run: &mut Run, sink: &mut dyn FnMut(Piece<'_>) -> Result<()>) -> Result<()> {
+fn emit_zeros(run: &mut Run, take: &mut Take<'_>) -> Result<(), Stop> {
     let zeros = std::mem::take(&mut run.zeros);
-    if zeros > 0 { sink(Piece::Zero(zeros as u32)) } else { Ok(()) }
+    if zeros > 0 { take(Piece::Zero(zeros as u32)) } else { Ok(()) }
 }
 
-fn round_down(offset: u64) -> u64 {
+pub(crate) fn round_down(offset: u64) -> u64 {
     offset / BLOCK_BYTES as u64 * BLOCK_BYTES as u64
 }
 
-fn round_up(offset: u64) -> u64 {
+pub(crate) fn round_up(offset: u64) -> u64 {
     offset.div_ceil(BLOCK_BYTES as u64) * BLOCK_BYTES as u64
 }
 

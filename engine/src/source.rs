@@ -32,10 +32,11 @@ pub trait Source: Send + Sync + fmt::Debug {
     /// Says that this range will be read soon.
     fn will_read(&self, _range: Range<u64>) {}
 
-    /// True when a segment certainly holds the same bytes as the same one of `parent`, the snapshot that is compared
-    /// with: then it is not read. Sources that know nothing of their past say no.
-    fn unchanged(&self, _segment: Range<u64>, _parent: SnapshotId) -> bool {
-        false
+    /// Which bytes of a segment may differ from the same segment of `parent`, the snapshot that is compared with: all
+    /// outside of these ranges are certainly the same. `None` where that is not known, and all is read; with no ranges
+    /// nothing is.
+    fn changed(&self, _segment: Range<u64>, _parent: SnapshotId) -> Option<Vec<Range<u64>>> {
+        None
     }
 
     /// What a segment is made of, where that is known without reading it, cut and named as the repository of the new

@@ -296,10 +296,11 @@ impl Source for StoredSource {
         Ok(None)
     }
 
-    fn unchanged(&self, segment: Range<u64>, parent: SnapshotId) -> bool {
+    /// All or nothing: the manifests tell which segments are the same, and chunks are known by their ids.
+    fn changed(&self, segment: Range<u64>, parent: SnapshotId) -> Option<Vec<Range<u64>>> {
         let number = (segment.start / SEGMENT_BYTES) as usize;
         let unchanged = self.unchanged.as_ref().filter(|unchanged| unchanged.copy == parent);
-        unchanged.is_some_and(|unchanged| unchanged.same.get(number) == Some(&true))
+        (unchanged?.same.get(number) == Some(&true)).then(Vec::new)
     }
 
     fn extents(&self, segment: Range<u64>) -> Result<Option<Vec<Extent>>> {

@@ -149,6 +149,12 @@ pub fn segment_range(volume_len: u64, segment: usize) -> Range<u64> {
     start..(start + SEGMENT_BYTES).min(volume_len)
 }
 
+/// The segments that a range of the volume is in.
+pub fn segments_of(range: &Range<u64>) -> Range<usize> {
+    let number = |segment: u64| usize::try_from(segment).unwrap_or(usize::MAX);
+    number(range.start / SEGMENT_BYTES)..number(range.end.div_ceil(SEGMENT_BYTES))
+}
+
 /// Reads one leaf.
 pub async fn read_leaf(repo: &Repository, block: &BlockRef, segment_bytes: u64) -> Result<Leaf> {
     read_as(repo, block, |bytes| decode_leaf(repo, bytes, block, segment_bytes)).await

@@ -1,5 +1,6 @@
 //! The stages of a snapshot and the queues between them.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -8,7 +9,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::halt::Halt;
 use super::packer::{Buffers, Counts, Packer, upload};
-use super::worker::Worker;
+use super::worker::{Method, Worker};
 use super::{Known, preload};
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -19,6 +20,7 @@ use crate::index::DedupIndex;
 use crate::record::VolumeRecord;
 use crate::repository::Repository;
 use crate::source::Source;
+use crate::splice::Changes;
 use crate::tree::{self, Segments};
 
 /// Parent leaves that are read ahead of the workers.
@@ -36,6 +38,8 @@ pub struct VolumeJob {
     parent: Option<SnapshotId>,
     /// The parent's length.
     before_len: u64,
+    /// The parent's segments of which nothing is known, since what describes them is damaged or set aside.
+    unknown: HashSet<usize>,
     /// The parent's segments whose chunks the index has already.
     preloaded: usize,
     /// The parent's manifest is damaged: no node of it may be used again, since equal digests do not make it whole.
@@ -43,13 +47,12 @@ pub struct VolumeJob {
 }
 
 /// One segment to go through.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Job {
     volume: usize,
     segment: usize,
     before: Child,
-    /// Bytes that are not zeros, where the segment is known to be unchanged.
-    unchanged_bytes: Option<u64>,
+    method: Method,
 }
 
 /// A volume that was written.
@@ -90,10 +93,14 @@ impl VolumeJob {
         let distrusted = !done.unusable.is_empty()
             || !segments.unreadable.is_empty()
             || segments.nodes.iter().any(shunned);
-        for segment in done.unusable {
-            if let Some(child) = before.get_mut(segment) {
+        let mut unknown: HashSet<usize> = done.unusable.into_iter().collect();
+        for segment in &unknown {
+            if let Some(child) = before.get_mut(*segment) {
                 *child = Child::Zero;
             }
+        }
+        for part in segments.unreadable {
+            unknown.extend(tree::segments_of(&part.range));
         }
         Ok(Self {
             source,
@@ -101,6 +108,7 @@ impl VolumeJob {
             nodes: segments.nodes,
             parent: parent.map(|(parent, _)| parent),
             before_len,
+            unknown,
             preloaded: done.segments,
             distrusted: AtomicBool::new(distrusted),
         })
@@ -111,22 +119,61 @@ impl VolumeJob {
             volume,
             segment,
             before: self.before.get(segment).copied().unwrap_or(Child::Zero),
-            unchanged_bytes: None,
+            method: Method::Scan,
         })
     }
 
     /// The parent's leaf of a segment is damaged, or refers to what is: nothing of it is used as a whole.
     fn distrust(&self, job: &mut Job) {
-        job.before = Child::Zero;
-        job.unchanged_bytes = None;
+        (job.before, job.method) = (Child::Zero, Method::Scan);
         self.distrusted.store(true, Ordering::Relaxed);
     }
 
-    /// True when the source says that a segment need not be read.
-    fn is_unchanged(&self, segment: usize) -> bool {
+    /// What the source says has changed in a segment since the parent; None where that is not known.
+    async fn changes(&self, segment: usize, ctx: &Context) -> Result<Option<Changes>> {
         let range = tree::segment_range(self.source.len_bytes(), segment);
-        range == tree::segment_range(self.before_len, segment)
-            && self.parent.is_some_and(|parent| self.source.unchanged(range, parent))
+        let is_known = range == tree::segment_range(self.before_len, segment)
+            && !self.unknown.contains(&segment);
+        let Some(parent) = self.parent.filter(|_| is_known) else { return Ok(None) };
+        let (source, asked) = (self.source.clone(), range.clone());
+        let ask = move || source.changed(asked, parent);
+        let changed = if ctx.limits.threads == 0 {
+            ask()
+        } else {
+            let asked = tokio::task::spawn_blocking(ask).await;
+            asked.map_err(|_| Error::Internal("a source panicked"))?
+        };
+        Ok(changed.map(|ranges| Changes::within(&range, ranges)))
+    }
+
+    /// Finds out how the leaf of a segment is made, after the index has the parent's chunks of that segment.
+    async fn prepare_segment(&self, mut job: Job, pipeline: &Pipeline) -> Result<Job> {
+        let is_new = job.segment >= self.preloaded;
+        let changes = self.changes(job.segment, &pipeline.ctx).await?;
+        let block = match job.before {
+            Child::Zero => {
+                job.method = Method::from_changes(None, changes);
+                return Ok(job);
+            }
+            Child::Block(_) if !is_new && changes.is_none() => return Ok(job),
+            Child::Block(block) => block,
+        };
+        let range = tree::segment_range(self.before_len, job.segment);
+        match tree::read_leaf(&pipeline.repo, &block, range.end - range.start).await {
+            Ok(leaf) => {
+                if is_new {
+                    pipeline.known.remember(&leaf);
+                }
+                if pipeline.known.shuns(&job.before, &leaf) {
+                    self.distrust(&mut job);
+                } else {
+                    job.method = Method::from_changes(Some(leaf), changes);
+                }
+            }
+            // A leaf that can't be read costs duplicates, not the snapshot.
+            Err(_) => self.distrust(&mut job),
+        }
+        Ok(job)
     }
 }
 
@@ -197,33 +244,10 @@ impl Pipeline {
     /// Sends every segment to the workers, after the index has the parent's chunks of that segment.
     async fn plan(&self, volumes: &[VolumeJob], jobs: mpsc::Sender<Job>) -> Result<()> {
         for (number, volume) in volumes.iter().enumerate() {
-            let prepared = volume.jobs(number).map(|mut job| async move {
-                let is_new = job.segment >= volume.preloaded;
-                let is_unchanged = volume.is_unchanged(job.segment);
-                if let Child::Block(block) = job.before
-                    && (is_new || is_unchanged)
-                {
-                    let range = tree::segment_range(volume.before_len, job.segment);
-                    match tree::read_leaf(&self.repo, &block, range.end - range.start).await {
-                        Ok(leaf) => {
-                            if is_new {
-                                self.known.remember(&leaf);
-                            }
-                            job.unchanged_bytes = is_unchanged.then(|| leaf.data_bytes());
-                            if self.known.shuns(&job.before, &leaf) {
-                                volume.distrust(&mut job);
-                            }
-                        }
-                        // A leaf that can't be read costs duplicates, not the snapshot.
-                        Err(_) => {
-                            volume.distrust(&mut job);
-                        }
-                    }
-                }
-                job
-            });
+            let prepared = volume.jobs(number).map(|job| volume.prepare_segment(job, self));
             let mut prepared = std::pin::pin!(stream::iter(prepared).buffered(LEAVES_AHEAD));
             while let Some(job) = prepared.next().await {
+                let job = job?;
                 tokio::select! {
                     biased;
                     () = self.halt.wait() => return Ok(()),
@@ -342,10 +366,7 @@ impl Stage<'_> {
             return Err(Error::Internal("a job for no volume"));
         };
         let range = tree::segment_range(volume.source.len_bytes(), job.segment);
-        let done = match job.unchanged_bytes {
-            Some(data_bytes) => worker.skip(job.before, data_bytes),
-            None => worker.segment(&*volume.source, range, job.before)?,
-        };
+        let done = worker.segment(&*volume.source, range, job.before, job.method)?;
         let mut leaves = leaves.lock().unwrap_or_else(PoisonError::into_inner);
         leaves.1 += done.data_bytes;
         if let Some(child) = leaves.0.get_mut(job.segment) {

@@ -18,6 +18,8 @@ use crate::index::{ChunkLocation, DedupIndex};
 use crate::progress::Event;
 use crate::scan::{Piece, Scanner};
 use crate::source::Source;
+use crate::splice::{Changes, Spliced, splice};
+use crate::tree;
 
 /// How often progress is reported.
 const REPORT_BYTES: u64 = 4 << 20;
@@ -35,6 +37,35 @@ pub struct Done {
     pub child: Child,
     /// Bytes that are not zeros.
     pub data_bytes: u64,
+}
+
+/// How the leaf of a segment is made.
+#[derive(Debug)]
+pub enum Method {
+    /// From all of its bytes.
+    Scan,
+    /// It is the parent's, whose bytes that are not zeros number so many.
+    Keep(u64),
+    /// From the parent's leaf, or zeros where it had none, and the bytes around the changes.
+    Splice {
+        /// The parent's leaf.
+        leaf: Option<Leaf>,
+        /// What has changed since.
+        changes: Changes,
+    },
+}
+
+impl Method {
+    /// The method where the parent's leaf is `leaf`, or zeros where there is none.
+    pub fn from_changes(leaf: Option<Leaf>, changes: Option<Changes>) -> Self {
+        match changes {
+            None => Self::Scan,
+            Some(changes) if changes.is_empty() => {
+                Self::Keep(leaf.as_ref().map_or(0, Leaf::data_bytes))
+            }
+            Some(changes) => Self::Splice { leaf, changes },
+        }
+    }
 }
 
 impl<'a> Worker<'a> {
@@ -66,27 +97,36 @@ impl<'a> Worker<'a> {
         Ok(Self { scanner: Scanner::new(keys.cutter(chunking)), assembler })
     }
 
-    /// Takes a segment as it was in the parent.
-    pub fn skip(&mut self, before: Child, data_bytes: u64) -> Done {
-        self.assembler.ctx.progress.event(Event::Processed { bytes: data_bytes });
-        Done { child: before, data_bytes }
-    }
-
     /// Processes one segment. `before` is the same segment of the parent.
     pub fn segment(
         &mut self,
         source: &dyn Source,
         range: Range<u64>,
         before: Child,
+        method: Method,
     ) -> Result<Done> {
         let Self { scanner, assembler } = self;
         assembler.begin();
-        match source.extents(range.clone())? {
-            Some(extents) => assembler.known(source, range.start, extents)?,
-            None => {
-                let len = range.end - range.start;
-                scanner.scan(source, range.start, len, &mut |piece| assembler.piece(piece))?;
+        match method {
+            Method::Keep(data_bytes) => {
+                assembler.ctx.progress.event(Event::Processed { bytes: data_bytes });
+                return Ok(Done { child: before, data_bytes });
             }
+            Method::Splice { leaf, changes } => {
+                let extents = tree::extents(leaf.as_ref(), range.end - range.start);
+                let frames = leaf.as_ref().map_or(&[][..], |leaf| &leaf.frames);
+                splice(scanner, source, range, &extents, &changes, &mut |piece| match piece {
+                    Spliced::Kept(extent) => assembler.kept(extent, frames),
+                    Spliced::Scanned(piece) => assembler.piece(piece),
+                })?;
+            }
+            Method::Scan => match source.extents(range.clone())? {
+                Some(extents) => assembler.known(source, range.start, extents)?,
+                None => {
+                    let len = range.end - range.start;
+                    scanner.scan(source, range.start, len, &mut |piece| assembler.piece(piece))?;
+                }
+            },
         }
         assembler.end(before)
     }
@@ -156,6 +196,20 @@ impl Assembler<'_> {
         for extent in plan {
             self.take(extent.ok_or(Error::Internal("a source gave too few chunks"))?);
         }
+        Ok(())
+    }
+
+    /// Takes an extent of the parent's leaf, which has these frames.
+    fn kept(&mut self, extent: Extent, frames: &[FrameLocation]) -> Result<()> {
+        let extent = match extent {
+            Extent::Zero { .. } => extent,
+            Extent::Chunk(chunk) => {
+                let frame = frames.get(chunk.frame as usize);
+                let frame = *frame.ok_or(Error::Internal("a chunk without a frame"))?;
+                Extent::Chunk(ChunkRef { frame: self.frame_position(frame), ..chunk })
+            }
+        };
+        self.take(extent);
         Ok(())
     }
 

@@ -1,12 +1,15 @@
 //! An incremental snapshot says the same as a full one, costs what has changed, and writes in the right order.
 
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use petra_engine::snapshot::{Parent, snapshot};
+use petra_engine::snapshot::{Parent, SnapshotRequest, snapshot};
+use petra_engine::source::Source;
 use petra_engine::store::MemoryStore;
 use petra_engine::tree::segments;
-use petra_engine::{Context, Repository};
-use petra_tests::lab::{check, context, init, request, take};
+use petra_engine::{Context, Repository, Result, SnapshotId};
+use petra_tests::lab::{check, context, init, name, request, request_of, take};
 use petra_tests::recording::{Call, Operation, Recording};
 use petra_tests::volume::{Volume, noise, prose};
 use proptest::collection::vec;
@@ -53,6 +56,60 @@ fn apply(volume: &mut Volume, edit: &Edit) {
     }
 }
 
+/// The bytes that an edit may change.
+fn touched(edit: &Edit, len_before: u64) -> Range<u64> {
+    match *edit {
+        Edit::Overwrite { at, len, .. } => at..at + len as u64,
+        Edit::Insert { at, .. } => at..at + 300_000,
+        Edit::Zero { at, len } => at..at + len,
+        Edit::Resize { len } => len.min(len_before)..u64::MAX,
+    }
+}
+
+/// A volume that knows what has changed since a snapshot, and counts what is read.
+#[derive(Debug)]
+struct Told {
+    volume: Volume,
+    since: SnapshotId,
+    changes: Vec<Range<u64>>,
+    read: AtomicU64,
+}
+
+impl Told {
+    fn new(volume: &Volume, since: SnapshotId, changes: Vec<Range<u64>>) -> Arc<Self> {
+        Arc::new(Self { volume: volume.clone(), since, changes, read: AtomicU64::new(0) })
+    }
+
+    fn request(self: &Arc<Self>) -> SnapshotRequest {
+        request_of("r", vec![(name("v"), self.clone() as Arc<dyn Source>)])
+    }
+}
+
+impl Source for Told {
+    fn len_bytes(&self) -> u64 {
+        self.volume.len()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.read.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        self.volume.read_at(buf, offset)
+    }
+
+    fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
+        self.volume.next_data(from)
+    }
+
+    fn changed(&self, segment: Range<u64>, parent: SnapshotId) -> Option<Vec<Range<u64>>> {
+        let is_within =
+            |range: &&Range<u64>| range.start < segment.end && range.end > segment.start;
+        (parent == self.since).then(|| self.changes.iter().filter(is_within).cloned().collect())
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Data at the start and around the first border between segments.
 fn base() -> Volume {
     Volume::zeros(SEGMENT + 200_000)
@@ -80,27 +137,89 @@ proptest! {
         rounds in vec(vec(any_edit(), 1..4), 1..4),
         threads in prop_oneof![Just(1), Just(2), Just(4)],
         index_chunks in prop_oneof![Just(64), Just(1 << 20)],
+        told: bool,
     ) {
         runtime().block_on(async {
             let series = new_repo().await;
             let mut volume = base();
             let ctx = small(threads, index_chunks);
-            snapshot(&series, request("r", &[("v", &volume)]), &ctx).await.unwrap();
+            let first = snapshot(&series, request("r", &[("v", &volume)]), &ctx).await.unwrap();
+            let mut last = first.id;
             for edits in &rounds {
-                edits.iter().for_each(|edit| apply(&mut volume, edit));
-                let taken = snapshot(&series, request("r", &[("v", &volume)]), &ctx).await.unwrap();
+                let mut changes = Vec::new();
+                for edit in edits {
+                    changes.push(touched(edit, volume.len()));
+                    apply(&mut volume, edit);
+                }
+                let request = match told {
+                    true => Told::new(&volume, last, changes).request(),
+                    false => request("r", &[("v", &volume)]),
+                };
+                let taken = snapshot(&series, request, &ctx).await.unwrap();
+                last = taken.id;
                 assert!(taken.parent.is_some());
                 let fresh = new_repo().await;
-                let request = petra_engine::snapshot::SnapshotRequest {
-                    parent: Parent::None,
-                    ..request("other", &[("v", &volume)])
-                };
+                let request =
+                    SnapshotRequest { parent: Parent::None, ..request("other", &[("v", &volume)]) };
                 let full = snapshot(&fresh, request, &small(2, 1 << 20)).await.unwrap();
                 assert_eq!(taken.volumes[0].content, full.volumes[0].content);
                 assert_eq!(taken.volumes[0].data_bytes, full.volumes[0].data_bytes);
                 check(&series, &taken.volumes[0], &volume).await.unwrap();
             }
         });
+    }
+}
+
+#[tokio::test]
+async fn only_what_has_changed_is_read() {
+    // The parent's leaves come from the index or from the store.
+    for (threads, index_chunks) in [(2, 64), (0, 1 << 20)] {
+        let ctx = small(threads, index_chunks);
+        let repo = new_repo().await;
+        let mut volume = base();
+        let first = snapshot(&repo, request("r", &[("v", &volume)]), &ctx).await.unwrap();
+        let same = Told::new(&volume, first.id, vec![]);
+        let second = snapshot(&repo, same.request(), &ctx).await.unwrap();
+        assert_eq!(same.read.load(Ordering::Relaxed), 0);
+        assert_eq!(second.volumes[0].root, first.volumes[0].root);
+
+        volume.write(400_000, b"changed");
+        volume.write(SEGMENT - 5, b"across segments");
+        let changes = vec![400_000..400_007, SEGMENT - 5..SEGMENT + 10];
+        let edited = Told::new(&volume, second.id, changes.clone());
+        let third = snapshot(&repo, edited.request(), &ctx).await.unwrap();
+        let read = edited.read.load(Ordering::Relaxed);
+        assert!(read < 300_000, "{read}");
+        check(&repo, &third.volumes[0], &volume).await.unwrap();
+
+        // What is known since another snapshot than the parent does not count.
+        let other = Told::new(&volume, first.id, vec![]);
+        let fourth = snapshot(&repo, other.request(), &ctx).await.unwrap();
+        assert!(other.read.load(Ordering::Relaxed) >= volume.data_bytes());
+        assert_eq!(fourth.volumes[0].root, third.volumes[0].root);
+    }
+}
+
+#[tokio::test]
+async fn a_parent_that_is_damaged_is_not_spliced() {
+    let recording = Recording::new(Arc::new(MemoryStore::new()));
+    let repo = init(recording.clone()).await;
+    let volume = base();
+    let first = take(&repo, &volume).await.unwrap();
+    let petra_engine::format::node::Child::Block(root) = first.volumes[0].root().0 else {
+        panic!()
+    };
+    let key = petra_engine::key::Key::pack(root.pack);
+    let mut pack = repo.store().get(&key).await.unwrap().to_vec();
+    // All leaves, but not the root: it comes last.
+    pack[16..root.offset as usize].fill(0);
+    repo.store().put(&key, pack.into()).await.unwrap();
+    for index_chunks in [64, 1 << 20] {
+        let told = Told::new(&volume, first.id, vec![10..20]);
+        let request = SnapshotRequest { parent: Parent::Snapshot(first.id), ..told.request() };
+        let taken = snapshot(&repo, request, &small(2, index_chunks)).await.unwrap();
+        assert!(told.read.load(Ordering::Relaxed) >= volume.data_bytes());
+        check(&repo, &taken.volumes[0], &volume).await.unwrap();
     }
 }
 
