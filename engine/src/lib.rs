@@ -38,6 +38,7 @@ pub mod policies;
 mod probe;
 pub mod progress;
 pub mod publish;
+pub mod reader;
 pub mod record;
 mod relocation;
 pub mod repair;

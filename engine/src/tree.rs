@@ -96,7 +96,8 @@ pub async fn segments(repo: &Repository, volume: &VolumeRecord, ctx: &Context) -
     Ok(found)
 }
 
-async fn read_node(
+/// Reads one node.
+pub(crate) async fn read_node(
     repo: &Repository,
     block: &BlockRef,
     level: u8,

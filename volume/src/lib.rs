@@ -6,6 +6,8 @@
 //! | [`backend`] | how images are made, copied by reference and deleted on btrfs and XFS |
 //! | [`device`] | whether a device or image is mounted, attached or otherwise in use |
 //! | [`error`] | what can go wrong |
+//! | [`fuse`] | a file system with one file, served by this process |
+//! | [`lazy`] | images whose data come when they are read |
 //! | [`pool`] | the directory that holds a machine's volumes: making it, its room, its recovery |
 //! | `sys` | ioctls, loop devices, mounts: all `unsafe` code |
 //! | [`volume`] | one volume: its device, mount, size, copies |
@@ -13,6 +15,8 @@
 pub mod backend;
 pub mod device;
 pub mod error;
+pub mod fuse;
+pub mod lazy;
 pub mod pool;
 mod sys;
 pub mod volume;

@@ -1,0 +1,735 @@
+//! The agent's side of lazy images: for each volume it fetches what its image server wants, at once, and everything
+//! else when there is time.
+//!
+//! ```text
+//! want (urgent) ------> read -> pieces of the range -> socket, before anything else
+//! want (read-ahead) --> read -+-> whatever came along -> socket
+//! hydrator -----------> read -+   (pauses while someone waits)
+//!   the start list, then segments near what was touched, then all others in order
+//! ```
+//!
+//! A store that is away is asked again and again, and the wants wait; only damage is an answer. While a server is
+//! connected its FUSE descriptor is held here, so that a successor can go on where it was killed ([`End::Died`]).
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::fmt;
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use petra_engine::format::SEGMENT_BYTES;
+use petra_engine::reader::{DamagedRange, Piece, VolumeReader};
+use petra_engine::{ErrorKind, SnapshotId};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt};
+use rustix::process::{PidfdFlags, pidfd_open};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::presence::BLOCK_BYTES;
+use super::server::Inheritance;
+use super::wire::{self, HEADER_BYTES, Header, Hello, MAX_BODY, ToAgent, ToServer};
+use crate::error::{Error, Result};
+
+/// Urgent wants that are read at one time. More wait for their turn.
+const URGENT_READS: usize = 16;
+/// Reads for read-ahead and hydration at one time, and bytes of each. With what comes along and what waits for the
+/// socket, some 100 MiB of memory.
+const OTHER_READS: usize = 4;
+const PIECE_BYTES: u64 = 8 << 20;
+/// Messages that wait for the socket.
+const QUEUE: usize = 8;
+/// Absent runs that lie closer together are fetched as one.
+const GAP_BYTES: u64 = 1 << 20;
+/// How long hydration makes way for those who wait before it takes one more step.
+const MAKE_WAY: Duration = Duration::from_millis(100);
+/// Between attempts while the store is away.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LAST_PAUSE: Duration = Duration::from_secs(5);
+/// After so much hydrated data it is made durable.
+const FLUSH_BYTES: u64 = 1 << 30;
+/// How long a server may take to say who it is.
+const HELLO: Duration = Duration::from_secs(10);
+/// How long a dead server's process may take to disappear.
+const DEATH: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+
+/// An image server that has said who it is.
+#[derive(Debug)]
+pub struct Connection {
+    stream: UnixStream,
+    hello: Hello,
+    device: OwnedFd,
+    /// The server's process.
+    process: OwnedFd,
+}
+
+impl Connection {
+    /// Takes a connection's first message.
+    pub async fn accept(stream: UnixStream) -> Result<Self> {
+        let accepted = tokio::time::timeout(HELLO, Self::greet(stream)).await;
+        let late = || Err(io::Error::from(io::ErrorKind::TimedOut));
+        accepted.unwrap_or_else(|_| late()).map_err(Error::io("greet", "an image server"))
+    }
+
+    async fn greet(mut stream: UnixStream) -> io::Result<Self> {
+        let pid = sockopt::socket_peercred(&stream)?.pid;
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        let mut first = [0; HEADER_BYTES];
+        let (read, device) = loop {
+            stream.readable().await?;
+            match stream.try_io(Interest::READABLE, || receive(&stream, &mut first)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                received => break received?,
+            }
+        };
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        stream.read_exact(first.get_mut(read..).unwrap_or_default()).await?;
+        let header = Header::parse(&first).map_err(io::Error::other)?;
+        let mut body = vec![0; header.body_bytes];
+        stream.read_exact(&mut body).await?;
+        let message = ToAgent::decode(header, &body).map_err(io::Error::other)?;
+        let (ToAgent::Hello(hello), Some(device)) = (message, device) else {
+            return Err(io::Error::other("no hello, or no descriptor with it"));
+        };
+        stream.write_all(&ToServer::Welcome.encode()).await?;
+        Ok(Self { stream, hello, device, process })
+    }
+
+    /// Who it is.
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// The volume that it serves.
+    pub fn volume(&self) -> SnapshotId {
+        self.hello.volume.id
+    }
+}
+
+/// Receives the first bytes and the descriptor that comes with them.
+fn receive(stream: &UnixStream, first: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    let received = recvmsg(stream.as_fd(), &mut [IoSliceMut::new(first)], &mut control, flags)?;
+    let mut device = None;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
+            device = descriptors.last();
+        }
+    }
+    Ok((received.bytes, device))
+}
+
+/// What happens to a volume that an agent serves.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum AgentEvent<'a> {
+    /// The store did not answer, or refused. Told once, until it is back.
+    StoreAway {
+        /// Why.
+        error: &'a petra_engine::Error,
+    },
+    /// It answers again.
+    StoreBack,
+    /// A part of the volume can't be read, and reading it is an I/O error. Told each time that it is tried.
+    Damaged {
+        /// Bytes of the volume.
+        range: Range<u64>,
+        /// What is missing or damaged.
+        error: &'a petra_engine::Error,
+    },
+    /// What was read since the volume was first mounted, in that order: a start list.
+    Recorded {
+        /// Bytes of the volume.
+        ranges: &'a [Range<u64>],
+    },
+    /// Everything is in the local image, and durable. The repository is not needed any more.
+    Hydrated,
+    /// Everything but damaged parts is in the local image.
+    Incomplete {
+        /// Bytes that can't be read.
+        damaged_bytes: u64,
+    },
+}
+
+/// Takes events. Must not block.
+pub trait AgentEvents: Send + Sync + fmt::Debug {
+    /// Something happened.
+    fn event(&self, volume: SnapshotId, event: AgentEvent<'_>);
+}
+
+/// What an agent does for one volume.
+#[derive(Debug)]
+pub struct AgentOptions {
+    /// The snapshot's volume.
+    pub reader: Arc<VolumeReader>,
+    /// What to fetch first: bytes of the volume.
+    pub start_list: Vec<Range<u64>>,
+    /// Fetch everything, not only what is wanted.
+    pub hydrate: bool,
+    /// After this time the server is asked what was read so far, for [`AgentEvent::Recorded`].
+    pub record_for: Option<Duration>,
+    /// Where events go.
+    pub events: Arc<dyn AgentEvents>,
+}
+
+/// How a server's connection ended.
+#[derive(Debug)]
+pub enum End {
+    /// The file system was unmounted, and all is durable.
+    Unmounted,
+    /// The server died, or gave up. A successor that gets this goes on where it was, as long as someone holds it.
+    Died(Inheritance),
+    /// The server lives, but let go of the connection: it will connect again.
+    Disconnected,
+}
+
+/// Serves an image server until it is gone.
+pub async fn serve(
+    connection: Connection,
+    options: AgentOptions,
+    cancel: &CancellationToken,
+) -> Result<End> {
+    let Connection { stream, hello, device, process } = connection;
+    if hello.volume.len_bytes != options.reader.len_bytes() {
+        return Err(Error::Request(format!(
+            "the image server of volume {} has {} bytes, the snapshot {}",
+            hello.volume.id,
+            hello.volume.len_bytes,
+            options.reader.len_bytes()
+        )));
+    }
+    let (input, output) = stream.into_split();
+    let (urgent, urgent_out) = mpsc::channel(QUEUE);
+    let (other, other_out) = mpsc::channel(QUEUE);
+    let agent = Arc::new(Agent {
+        volume: hello.volume.id,
+        len_bytes: hello.volume.len_bytes,
+        reader: options.reader,
+        events: options.events,
+        urgent,
+        other,
+        urgent_reads: Semaphore::new(URGENT_READS),
+        other_reads: Arc::new(Semaphore::new(OTHER_READS)),
+        waiting: AtomicUsize::new(0),
+        quiet: Notify::new(),
+        questions: Mutex::default(),
+        next_question: AtomicU64::new(0),
+        touched: Mutex::default(),
+        away: Mutex::default(),
+    });
+    // All of them end when this call does.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(write_all(output, urgent_out, other_out));
+    if let Some(time) = options.record_for {
+        let agent = agent.clone();
+        tasks.spawn(async move { agent.record(time).await });
+    }
+    if options.hydrate {
+        let agent = agent.clone();
+        tasks.spawn(async move { agent.hydrate(options.start_list).await });
+    }
+    let read = tokio::select! {
+        () = cancel.cancelled() => return Err(Error::Cancelled),
+        read = agent.read_all(input, &mut tasks) => read,
+    };
+    match read {
+        Ok(()) => return Ok(End::Unmounted),
+        Err(error) => tracing::debug!(volume = %agent.volume, %error, "the image server is gone"),
+    }
+    // Its descriptors are closed a little before it is dead.
+    let dead = tokio::task::spawn_blocking(move || {
+        poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&DEATH))
+    });
+    match dead.await {
+        Ok(Ok(1..)) => {
+            Ok(End::Died(Inheritance { device, negotiated: hello.negotiated }))
+        }
+        Ok(Ok(0) | Err(Errno::INTR)) => Ok(End::Disconnected),
+        Ok(Err(error)) => Err(Error::io("watch", "an image server")(error)),
+        Err(_) => Err(Error::Internal("a wait for an image server panicked")),
+    }
+}
+
+/// A message on its way out: its header, and bytes that may be long.
+type Message = (Vec<u8>, Bytes);
+
+async fn write_all(
+    mut output: OwnedWriteHalf,
+    mut urgent: mpsc::Receiver<Message>,
+    mut other: mpsc::Receiver<Message>,
+) {
+    loop {
+        let message = tokio::select! {
+            biased;
+            message = urgent.recv() => message,
+            message = other.recv() => message,
+        };
+        let Some((head, body)) = message else { return };
+        // The reader finds out too.
+        if output.write_all(&head).await.is_err() || output.write_all(&body).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What the tasks of one connection share.
+struct Agent {
+    volume: SnapshotId,
+    len_bytes: u64,
+    reader: Arc<VolumeReader>,
+    events: Arc<dyn AgentEvents>,
+    urgent: mpsc::Sender<Message>,
+    other: mpsc::Sender<Message>,
+    urgent_reads: Semaphore,
+    other_reads: Arc<Semaphore>,
+    /// Urgent wants that are not answered.
+    waiting: AtomicUsize,
+    quiet: Notify,
+    questions: Mutex<HashMap<u64, oneshot::Sender<ToAgent>>>,
+    next_question: AtomicU64,
+    /// Segments in which something was wanted, the last one at the end.
+    touched: Mutex<VecDeque<u64>>,
+    /// The store is away.
+    away: Mutex<bool>,
+}
+
+/// The connection is gone, and the task has nothing to do any more.
+struct Gone;
+
+impl Agent {
+    async fn read_all(
+        self: &Arc<Self>,
+        mut input: OwnedReadHalf,
+        tasks: &mut JoinSet<()>,
+    ) -> io::Result<()> {
+        let mut body = Vec::new();
+        loop {
+            let mut header = [0; HEADER_BYTES];
+            input.read_exact(&mut header).await?;
+            let header = Header::parse(&header).map_err(io::Error::other)?;
+            body.resize(header.body_bytes, 0);
+            input.read_exact(&mut body).await?;
+            // Finished ones are let go of.
+            while tasks.try_join_next().is_some() {}
+            match ToAgent::decode(header, &body).map_err(io::Error::other)? {
+                ToAgent::Want { range, urgent } if range.end <= self.len_bytes => {
+                    self.touch(&range);
+                    let agent = self.clone();
+                    if urgent {
+                        self.waiting.fetch_add(1, Ordering::AcqRel);
+                    }
+                    tasks.spawn(async move { agent.want(range, urgent).await });
+                }
+                message @ (ToAgent::Absent { question, .. }
+                | ToAgent::Flushed { question, .. }
+                | ToAgent::Recorded { question, .. }) => {
+                    let asked = self.questions().remove(&question);
+                    if let Some(asked) = asked {
+                        // Whoever asked may be gone.
+                        let _ = asked.send(message);
+                    }
+                }
+                ToAgent::Bye => return Ok(()),
+                ToAgent::Hello(_) | ToAgent::Want { .. } => {
+                    return Err(io::Error::other("an unexpected message"));
+                }
+            }
+        }
+    }
+
+    fn questions(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<ToAgent>>> {
+        self.questions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes where something was wanted; hydration goes on there.
+    fn touch(&self, range: &Range<u64>) {
+        let mut touched = self.touched.lock().unwrap_or_else(PoisonError::into_inner);
+        let segment = range.start / SEGMENT_BYTES;
+        if touched.back() != Some(&segment) {
+            touched.retain(|known| *known != segment);
+            touched.push_back(segment);
+            if touched.len() > 64 {
+                touched.pop_front();
+            }
+        }
+    }
+
+    /// Brings what a server asked for.
+    async fn want(&self, range: Range<u64>, urgent: bool) {
+        let reads = if urgent { &self.urgent_reads } else { &*self.other_reads };
+        let permit = reads.acquire().await;
+        let mut rest = Vec::new();
+        for piece in pieces_of(&range, PIECE_BYTES) {
+            match self.read(piece.clone()).await {
+                Ok(found) => {
+                    let (inside, outside) = split(found.pieces, &piece);
+                    let queue = if urgent { &self.urgent } else { &self.other };
+                    rest.extend(outside);
+                    let sent = self.send(inside, queue).await.is_ok();
+                    if !sent || self.send_damage(&found.damaged, queue).await.is_err() {
+                        break;
+                    }
+                }
+                Err(Gone) => break,
+            }
+        }
+        drop(permit);
+        if urgent && self.waiting.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.quiet.notify_waiters();
+        }
+        // What came along keeps nobody waiting.
+        let _ = self.send(rest, &self.other).await;
+    }
+
+    /// Reads, however long the store is away.
+    async fn read(&self, range: Range<u64>) -> Result<petra_engine::reader::Reading, Gone> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.reader.read(range.clone()).await {
+                Ok(reading) => {
+                    let was_away = std::mem::take(&mut *self.away());
+                    if was_away {
+                        self.events.event(self.volume, AgentEvent::StoreBack);
+                    }
+                    return Ok(reading);
+                }
+                Err(error) if error.kind() == ErrorKind::Cancelled => return Err(Gone),
+                // Whatever it is, wrong credentials too: a person can mend it while the volume waits.
+                Err(error) => {
+                    let was_away = std::mem::replace(&mut *self.away(), true);
+                    if !was_away {
+                        self.events.event(self.volume, AgentEvent::StoreAway { error: &error });
+                    }
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LAST_PAUSE);
+                }
+            }
+        }
+    }
+
+    fn away(&self) -> MutexGuard<'_, bool> {
+        self.away.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn send(&self, pieces: Vec<Piece>, queue: &mpsc::Sender<Message>) -> Result<(), Gone> {
+        for piece in pieces {
+            match piece {
+                Piece::Zeros(range) => {
+                    let message = ToServer::Zeros(range).encode();
+                    queue.send((message, Bytes::new())).await.map_err(|_| Gone)?;
+                }
+                Piece::Data { mut offset, mut bytes } => {
+                    while !bytes.is_empty() {
+                        let part = bytes.split_to(bytes.len().min(MAX_BODY));
+                        let header = wire::data_header(offset, part.len()).to_vec();
+                        offset += part.len() as u64;
+                        queue.send((header, part)).await.map_err(|_| Gone)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn send_damage(
+        &self,
+        damaged: &[DamagedRange],
+        queue: &mpsc::Sender<Message>,
+    ) -> Result<(), Gone> {
+        for DamagedRange { range, error } in damaged {
+            self.events.event(self.volume, AgentEvent::Damaged { range: range.clone(), error });
+            let mut reason = error.to_string();
+            reason.truncate(reason.floor_char_boundary(wire::MAX_REASON));
+            let message = ToServer::Failed { range: range.clone(), reason }.encode();
+            queue.send((message, Bytes::new())).await.map_err(|_| Gone)?;
+        }
+        Ok(())
+    }
+
+    /// Asks the server something.
+    async fn ask(&self, question: impl FnOnce(u64) -> ToServer<'static>) -> Result<ToAgent, Gone> {
+        let number = self.next_question.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        self.questions().insert(number, reply);
+        let message = question(number).encode();
+        self.other.send((message, Bytes::new())).await.map_err(|_| Gone)?;
+        answer.await.map_err(|_| Gone)
+    }
+
+    async fn record(&self, time: Duration) {
+        tokio::time::sleep(time).await;
+        let answer = self.ask(|question| ToServer::StopRecording { question }).await;
+        if let Ok(ToAgent::Recorded { ranges, .. }) = answer {
+            self.events.event(self.volume, AgentEvent::Recorded { ranges: &ranges });
+        }
+    }
+
+    /// Waits while someone waits for data, but not for ever: many small reads must not keep the volume lazy.
+    async fn make_way(&self) {
+        let quiet = async {
+            loop {
+                let notified = self.quiet.notified();
+                if self.waiting.load(Ordering::Acquire) == 0 {
+                    return;
+                }
+                notified.await;
+            }
+        };
+        let _ = tokio::time::timeout(MAKE_WAY, quiet).await;
+    }
+
+    /// Brings everything that is absent.
+    async fn hydrate(self: Arc<Self>, start_list: Vec<Range<u64>>) {
+        let mut hydration = Hydration {
+            agent: self.clone(),
+            reads: JoinSet::new(),
+            damaged: BTreeSet::new(),
+            unflushed_bytes: 0,
+        };
+        if hydration.run(start_list).await.is_err() {
+            return;
+        }
+        let damaged: u64 = hydration.damaged.iter().map(|(start, end)| end - start).sum();
+        let event = match damaged {
+            0 => AgentEvent::Hydrated,
+            damaged_bytes => AgentEvent::Incomplete { damaged_bytes },
+        };
+        self.events.event(self.volume, event);
+    }
+}
+
+/// Fills a volume.
+struct Hydration {
+    agent: Arc<Agent>,
+    /// Each gives the parts that can't be read.
+    reads: JoinSet<Result<Vec<Range<u64>>, Gone>>,
+    /// Start and end of what can't be read.
+    damaged: BTreeSet<(u64, u64)>,
+    unflushed_bytes: u64,
+}
+
+impl Hydration {
+    async fn run(&mut self, start_list: Vec<Range<u64>>) -> Result<(), Gone> {
+        let len_bytes = self.agent.len_bytes;
+        for range in start_list {
+            let start = range.start / BLOCK_BYTES * BLOCK_BYTES;
+            let end = range.end.min(len_bytes);
+            for piece in pieces_of(&(start..end), PIECE_BYTES) {
+                // A list of another time may name what is there.
+                for run in self.absent(piece).await? {
+                    self.start(run).await?;
+                }
+            }
+        }
+        let segments = len_bytes.div_ceil(SEGMENT_BYTES);
+        let mut left_before = u64::MAX;
+        loop {
+            let mut left = 0;
+            let mut done = vec![false; usize::try_from(segments).unwrap_or_default()];
+            let mut next = 0;
+            while let Some(segment) = self.next_segment(&mut done, &mut next) {
+                let start = segment * SEGMENT_BYTES;
+                let range = start..(start + SEGMENT_BYTES).min(len_bytes);
+                for run in join(self.absent(range).await?) {
+                    for piece in pieces_of(&run, PIECE_BYTES) {
+                        left += piece.end - piece.start;
+                        self.start(piece).await?;
+                    }
+                }
+            }
+            while let Some(read) = self.reads.join_next().await {
+                self.note(read)?;
+            }
+            if left == 0 {
+                return self.flush().await;
+            }
+            if left >= left_before {
+                // The server can't store what it gets: a person may make room meanwhile.
+                tokio::time::sleep(LAST_PAUSE).await;
+            }
+            left_before = left;
+        }
+    }
+
+    /// A segment near what was touched, or else the next in order.
+    fn next_segment(&self, done: &mut [bool], next: &mut usize) -> Option<u64> {
+        let mut touched = self.agent.touched.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(segment) = touched.pop_back() {
+            if let Some(done) = done.get_mut(segment as usize).filter(|done| !**done) {
+                *done = true;
+                return Some(segment);
+            }
+        }
+        drop(touched);
+        let left = done.get(*next..)?.iter().position(|done| !done)?;
+        *next += left + 1;
+        if let Some(done) = done.get_mut(*next - 1) {
+            *done = true;
+        }
+        Some(*next as u64 - 1)
+    }
+
+    /// The parts of a range that the server lacks, without those that can't be read.
+    async fn absent(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, Gone> {
+        let mut all = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let rest = at..range.end;
+            let ask = |question| ToServer::AskAbsent { question, range: rest };
+            let ToAgent::Absent { end, ranges, .. } = self.agent.ask(ask).await? else {
+                return Err(Gone);
+            };
+            // An answer that leads nowhere.
+            if end <= at {
+                return Err(Gone);
+            }
+            at = end;
+            all.extend(ranges.into_iter().filter(|found| {
+                let lost = |(start, end): &(u64, u64)| *start <= found.start && found.end <= *end;
+                found.end <= range.end && !self.damaged.iter().any(lost)
+            }));
+        }
+        Ok(all)
+    }
+
+    /// Begins to bring a range, when it may.
+    async fn start(&mut self, range: Range<u64>) -> Result<(), Gone> {
+        if self.unflushed_bytes >= FLUSH_BYTES {
+            self.flush().await?;
+        }
+        self.unflushed_bytes += range.end - range.start;
+        self.agent.make_way().await;
+        let permit = self.agent.other_reads.clone().acquire_owned().await.map_err(|_| Gone)?;
+        let agent = self.agent.clone();
+        self.reads.spawn(async move {
+            let found = agent.read(range).await?;
+            agent.send(found.pieces, &agent.other).await?;
+            agent.send_damage(&found.damaged, &agent.other).await?;
+            drop(permit);
+            Ok(found.damaged.into_iter().map(|damaged| damaged.range).collect())
+        });
+        while let Some(read) = self.reads.try_join_next() {
+            self.note(read)?;
+        }
+        Ok(())
+    }
+
+    fn note(
+        &mut self,
+        read: Result<Result<Vec<Range<u64>>, Gone>, tokio::task::JoinError>,
+    ) -> Result<(), Gone> {
+        for lost in read.map_err(|_| Gone)?? {
+            // Joined with what it touches, so that a run over several of them is known as lost.
+            let (mut start, mut end) = (lost.start, lost.end);
+            let touching: Vec<(u64, u64)> = self
+                .damaged
+                .iter()
+                .copied()
+                .filter(|known| known.0 <= end && start <= known.1)
+                .collect();
+            for known in touching {
+                self.damaged.remove(&known);
+                (start, end) = (start.min(known.0), end.max(known.1));
+            }
+            self.damaged.insert((start, end));
+        }
+        Ok(())
+    }
+
+    async fn flush(&mut self) -> Result<(), Gone> {
+        match self.agent.ask(|question| ToServer::Flush { question }).await? {
+            ToAgent::Flushed { done: true, .. } => {
+                self.unflushed_bytes = 0;
+                Ok(())
+            }
+            // The server says why in its log. What is not durable must not count as hydrated.
+            _ => Err(Gone),
+        }
+    }
+}
+
+/// A range in pieces of some length, cut at its multiples.
+fn pieces_of(range: &Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+    let (mut at, end) = (range.start, range.end);
+    std::iter::from_fn(move || {
+        let piece = at..((at / len + 1) * len).min(end);
+        at = piece.end;
+        (!piece.is_empty()).then_some(piece)
+    })
+}
+
+/// Joins ranges that lie close together.
+fn join(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start.saturating_sub(last.end) <= GAP_BYTES => last.end = range.end,
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// Divides pieces into what lies within a range and what does not.
+fn split(pieces: Vec<Piece>, within: &Range<u64>) -> (Vec<Piece>, Vec<Piece>) {
+    let (mut inside, mut outside) = (Vec::new(), Vec::new());
+    for piece in pieces {
+        let whole = piece.range();
+        let cut = |at: u64| at.clamp(whole.start, whole.end);
+        let (start, end) = (cut(within.start), cut(within.end));
+        for part in [whole.start..start, start..end, end..whole.end] {
+            if part.is_empty() {
+                continue;
+            }
+            let is_inside = part == (start..end);
+            let part = match &piece {
+                Piece::Zeros(_) => Piece::Zeros(part),
+                Piece::Data { offset, bytes } => {
+                    let at = |place: u64| (place - offset) as usize;
+                    let bytes = bytes.slice(at(part.start)..at(part.end));
+                    Piece::Data { offset: part.start, bytes }
+                }
+            };
+            if is_inside { &mut inside } else { &mut outside }.push(part);
+        }
+    }
+    (inside, outside)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_divided_at_the_bounds() {
+        let data = |offset: u64, bytes: &'static [u8]| Piece::Data { offset, bytes: Bytes::from(bytes) };
+        let (inside, outside) = split(vec![data(0, b"abcdef"), Piece::Zeros(6..9)], &(2..7));
+        assert_eq!(inside, [data(2, b"cdef"), Piece::Zeros(6..7)]);
+        assert_eq!(outside, [data(0, b"ab"), Piece::Zeros(7..9)]);
+        let (inside, outside) = split(vec![data(4, b"ab")], &(10..12));
+        assert_eq!((inside, outside), (vec![], vec![data(4, b"ab")]));
+    }
+
+    #[test]
+    fn ranges_are_cut_and_joined() {
+        let pieces: Vec<_> = pieces_of(&(5..25), 10).collect();
+        assert_eq!(pieces, [5..10, 10..20, 20..25]);
+        assert_eq!(pieces_of(&(5..5), 10).count(), 0);
+        assert_eq!(join(vec![0..4096, 8192..9000]), [0..9000]);
+        assert_eq!(join(vec![0..1, 2 << 20..3 << 20]), [0..1, 2 << 20..3 << 20]);
+    }
+}
