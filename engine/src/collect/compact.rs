@@ -28,7 +28,10 @@ use crate::workers::Workers;
 const BATCH_BYTES: u64 = 2 << 30;
 /// Packs of one batch.
 const BATCH_PACKS: usize = 4096;
-/// A pack with less garbage is not worth copying: headers and footers are no garbage, and every copy has them again.
+/// A pack with less garbage than a sixteenth is not worth copying, whatever share of garbage is allowed: headers and
+/// footers count as garbage here, and every copy has them again. One that was copied for them would be copied for ever.
+const MIN_WASTE_SHARE: u64 = 16;
+/// Nor is one with less than this.
 const MIN_WASTE_BYTES: u64 = 4 << 10;
 
 /// Compacts one batch of packs. True when there is something new: look again.
@@ -79,8 +82,7 @@ fn choose(
         total += pack.len;
         wasted += waste(&pack);
         // One that was copied before is still needed in place: copies of it did not cover all.
-        // Where each pack is within the allowed share, all of them are.
-        let is_worth = waste(&pack) >= MIN_WASTE_BYTES.max(pack.len / 100 * u64::from(percent));
+        let is_worth = waste(&pack) >= MIN_WASTE_BYTES.max(pack.len / MIN_WASTE_SHARE);
         if is_worth && !view.moves.contains_key(&pack.id) {
             candidates.push(pack);
         }

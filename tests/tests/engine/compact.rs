@@ -83,6 +83,24 @@ async fn sparse_packs_shrink_to_what_is_needed() {
     );
 }
 
+/// Footers of large packs are longer than what is worth copying for.
+#[tokio::test]
+async fn a_collection_that_allows_no_waste_ends() {
+    let (_, repo) = new_repo().await;
+    let large = |seed| Volume::zeros(24 << 20).with(0, &noise(seed, 24 << 20));
+    let first = take(&repo, &large(1)).await.unwrap();
+    let after = large(1).with(0, &noise(2, 12 << 20));
+    let second = take(&repo, &after).await.unwrap();
+    repo.delete(first.id, &context()).await.unwrap();
+    let options = CollectOptions { max_waste_percent: Some(0), ..at_once() };
+    let report = collect(&repo, &options, &context()).await.unwrap();
+    assert!(report.compacted_packs > 0, "{report:?}");
+    let again = collect(&repo, &options, &context()).await.unwrap();
+    assert_eq!((again.deleted_packs, again.copied_bytes), (0, 0), "{again:?}");
+    assert!(again.wasted_bytes > 4 << 10, "the test must have something to tempt it: {again:?}");
+    check(&repo, &second.volumes[0], &after).await.unwrap();
+}
+
 #[tokio::test]
 async fn copies_are_compacted_again_and_again() {
     let (_, repo, mut last, mut record) = sparse().await;
