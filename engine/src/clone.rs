@@ -22,8 +22,18 @@ impl ClonePin {
     /// Pins a snapshot, which may be deleted but not purged. When this returns, the whole snapshot can be read
     /// until the pin is ended. After an error nothing needs to be ended, as far as the store could still be reached.
     pub async fn take(repo: &Repository, snapshot: SnapshotId, ctx: &Context) -> Result<Self> {
+        Self::take_as(repo, ctx.host.new_id(), snapshot, ctx).await
+    }
+
+    /// The same with a fresh id that the caller has written down before, so that a crash leaves no pin that nobody knows.
+    pub async fn take_as(
+        repo: &Repository,
+        id: SnapshotId,
+        snapshot: SnapshotId,
+        ctx: &Context,
+    ) -> Result<Self> {
         repo.ready_to_write(ctx).await?;
-        let pin = Self { repo: repo.clone(), id: ctx.host.new_id(), snapshot };
+        let pin = Self { repo: repo.clone(), id, snapshot };
         let result = pin.put(ctx).await;
         if result.is_err() {
             // The pin may be there although its answer was lost, and no one would ever end it.

@@ -313,8 +313,8 @@ impl VolumeRecord {
         (child, level)
     }
 
-    /// Checks what later arithmetic relies on.
-    fn validate(&self) -> Result<(), FormatError> {
+    /// Checks what later arithmetic relies on: for records that come from elsewhere than [`Repository`](crate::Repository).
+    pub fn validate(&self) -> Result<(), FormatError> {
         if self.len_bytes > format::MAX_VOLUME_BYTES {
             return Err(FormatError::invalid(format!("a volume of {} bytes", self.len_bytes)));
         }

@@ -8,11 +8,10 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::id::SnapshotId;
 use crate::key::Key;
-use crate::name::Name;
-use crate::record::{SnapshotRecord, kind};
+use crate::record::kind;
 use crate::repository::Repository;
 
 /// Ranges of one list: a mount needs some dozens.
@@ -75,13 +74,10 @@ impl TryFrom<Stored> for StartList {
 }
 
 impl Repository {
-    /// What a mount of this volume reads first, if somebody wrote that down. One that can't be read counts as none.
-    pub async fn start_list(
-        &self,
-        snapshot: &SnapshotRecord,
-        volume: &Name,
-    ) -> Result<Option<StartList>> {
-        let key = start_key(snapshot.id, snapshot, volume)?;
+    /// What a mount of a snapshot's `number`-th volume (from 1) reads first, if somebody wrote that down. A list that can't
+    /// be read counts as none.
+    pub async fn start_list(&self, snapshot: SnapshotId, number: u32) -> Result<Option<StartList>> {
+        let key = Key::start(snapshot, number);
         match self.store().get(&key).await {
             Ok(body) => Ok(self.unseal(kind::START, &key, &body).ok()),
             Err(error) if error.is_not_found() => Ok(None),
@@ -89,28 +85,17 @@ impl Repository {
         }
     }
 
-    /// Writes down what a mount of this volume reads first. The first list stays.
+    /// Writes down what a mount of a snapshot's `number`-th volume reads first. The first list stays.
     pub async fn put_start_list(
         &self,
-        snapshot: &SnapshotRecord,
-        volume: &Name,
+        snapshot: SnapshotId,
+        number: u32,
         list: &StartList,
     ) -> Result<()> {
-        let key = start_key(snapshot.id, snapshot, volume)?;
+        let key = Key::start(snapshot, number);
         self.store().create(&key, self.seal(kind::START, &key, list)?).await?;
         Ok(())
     }
-}
-
-fn start_key(id: SnapshotId, snapshot: &SnapshotRecord, volume: &Name) -> Result<Key> {
-    let position = snapshot.volumes.iter().position(|known| known.name == *volume);
-    let position = position.and_then(|n| u32::try_from(n + 1).ok());
-    position.map(|n| Key::start(id, n)).ok_or_else(|| Error::Unknown {
-        what: "volume",
-        name: volume.to_string(),
-        within: format!("snapshot {id}"),
-        known: snapshot.volumes.iter().map(|known| known.name.to_string()).take(8).collect(),
-    })
 }
 
 #[cfg(test)]

@@ -3,21 +3,27 @@
 //!
 //! | module | what it knows |
 //! |---|---|
+//! | [`agent`] | the process that fetches, hydrates and uploads for a pool |
 //! | [`backend`] | how images are made, copied by reference and deleted on btrfs and XFS |
+//! | [`clones`] | volumes made from snapshots of a repository |
 //! | [`device`] | whether a device or image is mounted, attached or otherwise in use |
 //! | [`error`] | what can go wrong |
 //! | [`fuse`] | a file system with one file, served by this process |
 //! | [`lazy`] | images whose data come when they are read |
 //! | [`pool`] | the directory that holds a machine's volumes: making it, its room, its recovery |
+//! | [`programs`] | how this crate's processes are started |
 //! | `sys` | ioctls, loop devices, mounts: all `unsafe` code |
 //! | [`volume`] | one volume: its device, mount, size, copies |
 
+pub mod agent;
 pub mod backend;
+pub mod clones;
 pub mod device;
 pub mod error;
 pub mod fuse;
 pub mod lazy;
 pub mod pool;
+pub mod programs;
 mod sys;
 pub mod volume;
 
@@ -25,5 +31,6 @@ pub use backend::{Backend, BackendKind, PendingCopy};
 pub use device::{System, Use};
 pub use error::{Error, Result};
 pub use pool::Pool;
+pub use programs::Programs;
 pub use sys::files::Space;
 pub use volume::{LockedVolume, Volume};

@@ -14,6 +14,7 @@ use super::state::{self, Filesystem, LazyState, VolumeState, Wanted};
 use super::{Pool, entries};
 use crate::backend::IMAGE;
 use crate::error::{Error, Result};
+use crate::lazy::presence::{Presence, VolumeIdentity};
 use crate::sys::tools::{MKFS_BTRFS, MKFS_EXT4, MKFS_XFS, argument};
 use crate::sys::{btrfs, files};
 use crate::volume::Volume;
@@ -51,6 +52,8 @@ pub struct CreateRequest {
     pub origin: Option<String>,
     /// Where its data comes from, for a lazy clone.
     pub lazy: Option<LazyState>,
+    /// Delete it when it is unmounted.
+    pub ephemeral: bool,
 }
 
 impl CreateRequest {
@@ -64,6 +67,7 @@ impl CreateRequest {
             content: Content::Formatted,
             origin: None,
             lazy: None,
+            ephemeral: false,
         }
     }
 
@@ -100,7 +104,7 @@ impl Pool {
     pub fn create(&self, request: CreateRequest) -> Result<Volume> {
         request.check()?;
         let draft = self.draft(&request)?;
-        let made = self.fill(&draft.path, &request).and_then(|()| {
+        let made = self.fill(&draft, &request).and_then(|()| {
             let _lock = self.lock_list()?;
             let volume = Volume::at(self.clone(), request.name.clone());
             match files::rename_new(&draft.path, volume.directory()) {
@@ -131,7 +135,7 @@ impl Pool {
         let directory = File::open(&path).map_err(Error::io("open", &path))?;
         files::try_lock(&directory).map_err(Error::io("lock", &path))?;
         state::write(&path.join("volume.json"), &self.first_state(id, request))?;
-        Ok(Draft { path, _directory: directory })
+        Ok(Draft { id, path, _directory: directory })
     }
 
     fn first_state(&self, id: SnapshotId, request: &CreateRequest) -> VolumeState {
@@ -150,10 +154,16 @@ impl Pool {
             copies: BTreeSet::new(),
             wanted: Wanted::default(),
             grow_filesystem: false,
+            ephemeral: request.ephemeral,
         }
     }
 
-    fn fill(&self, path: &Path, request: &CreateRequest) -> Result<()> {
+    fn fill(&self, draft: &Draft, request: &CreateRequest) -> Result<()> {
+        let path = &draft.path;
+        if request.lazy.is_some() {
+            let identity = VolumeIdentity { id: draft.id, len_bytes: request.size_bytes };
+            Presence::create(&path.join("presence"), identity)?;
+        }
         let live = path.join("live");
         let image = live.join(IMAGE);
         let copies = path.join("copies");
@@ -203,6 +213,7 @@ impl Pool {
 
 /// A directory in `new` that is this process's as long as it has it open.
 struct Draft {
+    id: SnapshotId,
     path: PathBuf,
     _directory: File,
 }

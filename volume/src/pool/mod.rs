@@ -4,6 +4,7 @@ mod capacity;
 mod create;
 mod init;
 pub(crate) mod lock;
+pub mod pins;
 mod recover;
 pub mod state;
 

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use jiff::Timestamp;
+use petra_engine::record::VolumeRecord;
+use petra_engine::start::StartList;
 use petra_engine::{Name, SnapshotId};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -117,6 +119,9 @@ pub struct VolumeState {
     /// The image is larger than its file system, which grows at the next mount.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub grow_filesystem: bool,
+    /// Made for one mount: it is deleted when that ends.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ephemeral: bool,
 }
 
 /// Where the data of a lazy clone comes from.
@@ -126,10 +131,18 @@ pub struct LazyState {
     pub repository: String,
     /// The snapshot.
     pub snapshot: SnapshotId,
-    /// The volume of the snapshot.
-    pub volume: Name,
+    /// The volume's number in the snapshot, from 1.
+    pub number: u32,
+    /// The volume of the snapshot: enough to read it, also when the snapshot was deleted meanwhile.
+    pub volume: VolumeRecord,
     /// What keeps the snapshot readable: [`ClonePin`](petra_engine::clone::ClonePin)'s id.
     pub pin: SnapshotId,
+    /// What a mount reads first, where somebody has found out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartList>,
+    /// All data is here, and the pin has ended. The next device needs no image server.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub hydrated: bool,
 }
 
 /// A copy that holds what a snapshot in a repository holds.
@@ -196,6 +209,7 @@ pub(crate) fn write(path: &Path, state: &impl Serialize) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use petra_engine::format::node::Child;
     use proptest::prelude::*;
 
     use super::*;
@@ -215,8 +229,11 @@ mod tests {
             lazy: Some(LazyState {
                 repository: "file:///r".to_owned(),
                 snapshot: id,
-                volume: name.clone(),
+                number: 1,
+                volume: VolumeRecord::new(name.clone(), 1 << 30, 0, Child::Zero),
                 pin: id,
+                start: Some(StartList::new([0..4096])),
+                hydrated: false,
             }),
             base: Some(BaseState { copy: id, repository: id, snapshot: id, volume: name }),
             copies: BTreeSet::from([id]),
@@ -226,6 +243,7 @@ mod tests {
                 mounted_at: Some("/mnt/data".into()),
             },
             grow_filesystem: true,
+            ephemeral: true,
         }
     }
 
@@ -243,6 +261,7 @@ mod tests {
             copies: BTreeSet::new(),
             wanted: Wanted::default(),
             grow_filesystem: false,
+            ephemeral: false,
             ..volume()
         };
         write(&path, &plain).unwrap();

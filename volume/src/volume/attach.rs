@@ -65,9 +65,9 @@ impl Volume {
 
 impl LockedVolume {
     /// Attaches the volume's image to a device, unless it is attached already in this way. For a lazy clone see
-    /// [`attach_image`](Self::attach_image).
+    /// [`attach_served`](Self::attach_served).
     pub fn attach(&mut self, read_only: bool) -> Result<Attachment> {
-        if self.state.lazy.is_some() {
+        if self.state.lazy.is_some() && self.volume.attachment()?.is_none() {
             return Err(Error::Request(format!(
                 "{} is a lazy clone, which needs an image server to be attached",
                 self.volume
@@ -119,6 +119,7 @@ impl LockedVolume {
                 }
             })?;
         }
+        self.end_server()?;
         self.change(|state| state.wanted = Default::default())
     }
 

@@ -6,6 +6,7 @@ mod attach;
 mod copies;
 mod grow;
 mod mount;
+pub(crate) mod served;
 mod stats;
 
 use std::fmt;
@@ -16,6 +17,7 @@ use petra_engine::Name;
 
 pub use attach::Attachment;
 pub use copies::NewCopy;
+pub use served::Serving;
 pub use stats::{Stats, Usage};
 
 use crate::backend::IMAGE;

@@ -1,11 +1,14 @@
 //! Mounting a volume's file system.
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
 use super::{LockedVolume, Volume};
+use crate::clones;
 use crate::error::{Error, Result};
 use crate::pool::state::Filesystem;
 use crate::sys::loops::LoopDevice;
@@ -32,13 +35,6 @@ impl LockedVolume {
     /// Mounts the volume, and attaches it first if it is not. The directory is made when it is missing. Does nothing when
     /// it is mounted there already.
     pub fn mount(&mut self, at: &Path, read_only: bool) -> Result<()> {
-        let filesystem = self.state.filesystem;
-        if filesystem == Filesystem::Raw {
-            return Err(Error::Request(format!(
-                "{} is a raw block device without a file system of Petra's: attach it",
-                self.volume
-            )));
-        }
         std::fs::create_dir_all(at).map_err(Error::io("create", at))?;
         let at = at.canonicalize().map_err(Error::io("look at", at))?;
         let mounts = self.volume.mounts()?;
@@ -54,6 +50,7 @@ impl LockedVolume {
             _ => self.attach(read_only)?,
         };
         let device = attachment.device;
+        let filesystem = self.filesystem_on(&device)?;
         mount(&device, &at, filesystem, read_only).map_err(|cause| {
             if filesystem == Filesystem::Btrfs && cause.raw_os_error() == Some(EXIST) {
                 // Kernels before 6.7.
@@ -68,6 +65,25 @@ impl LockedVolume {
             self.grow_mounted(&at)?;
         }
         Ok(())
+    }
+
+    /// What is on the volume: what it was made with, or what its device shows.
+    fn filesystem_on(&self, device: &Path) -> Result<Filesystem> {
+        if self.state.filesystem != Filesystem::Raw {
+            return Ok(self.state.filesystem);
+        }
+        let mut beginning = vec![0; clones::DETECT_BYTES.min(self.state.size_bytes as usize)];
+        File::open(device)
+            .and_then(|device| device.read_exact_at(&mut beginning, 0))
+            .map_err(Error::io("read", device))?;
+        match clones::detect(&beginning) {
+            Filesystem::Raw => Err(Error::Request(format!(
+                "{} holds no ext4, XFS or btrfs that could be mounted; as a block device it is {}",
+                self.volume,
+                device.display()
+            ))),
+            filesystem => Ok(filesystem),
+        }
     }
 
     /// Ends all mounts of the volume. Refused while one is in use.

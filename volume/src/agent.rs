@@ -1,0 +1,358 @@
+//! The agent of a pool: the process that brings lazy clones their data, and does what else takes long.
+//!
+//! ```text
+//! image server --(socket)--> agent: reads from the repository, hydrates            [crate::lazy::agent]
+//!   died -> a successor gets its descriptor         hydrated -> the pin ends, a read-only device is handed over
+//! every minute: pins that hold data for nothing end                                [crate::pool::pins]
+//! ```
+//!
+//! Everything that it must know is in files of the pool and in the image servers, so it can be killed or replaced at any
+//! moment. There is one for each pool; a lock sees to that.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use petra_engine::clone::ClonePin;
+use petra_engine::reader::VolumeReader;
+use petra_engine::start::StartList;
+use petra_engine::{Context, Repository, SnapshotId};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
+
+use crate::error::{Error, Result};
+use crate::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Connection, End, serve};
+use crate::pool::lock::Lock;
+use crate::pool::pins::{self, blocking};
+use crate::pool::{LazyState, Pool};
+use crate::volume::served::SOCKET;
+use crate::volume::{Serving, Volume};
+
+/// How often is looked for what has to be done.
+const TICK: Duration = Duration::from_secs(60);
+/// An agent without work ends after this.
+const IDLE: Duration = Duration::from_secs(30);
+/// Between attempts to open a repository.
+const RETRY: Duration = Duration::from_secs(1);
+/// What is read in this time after a volume was first attached is what its mount needs.
+const MOUNT_TIME: Duration = Duration::from_secs(3);
+
+/// Opens repositories by the URLs that volumes remember.
+#[async_trait]
+pub trait Repositories: Send + Sync + fmt::Debug {
+    /// Opens one.
+    async fn open(&self, url: &str) -> petra_engine::Result<Repository>;
+}
+
+/// The agent of one pool.
+#[derive(Clone, Debug)]
+pub struct Agent(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    pool: Pool,
+    serving: Serving,
+    repositories: Arc<dyn Repositories>,
+    ctx: Context,
+}
+
+impl Agent {
+    /// An agent. It uses `ctx` for everything that it does.
+    pub fn new(
+        pool: Pool,
+        serving: Serving,
+        repositories: Arc<dyn Repositories>,
+        ctx: Context,
+    ) -> Self {
+        Self(Arc::new(Inner { pool, serving, repositories, ctx }))
+    }
+
+    /// Works until it is cancelled or, if `until_idle`, there was nothing to do for a while. `ready` is called when image
+    /// servers can connect. [`Error::Busy`] where the pool has an agent.
+    pub async fn run(&self, until_idle: bool, ready: impl FnOnce()) -> Result<()> {
+        let inner = &self.0;
+        let run = inner.pool.run_directory()?;
+        let what = format!("the agent of {}", inner.pool);
+        let _lock = Lock::acquire(&run.join("agent.lock"), &what, Duration::ZERO)?;
+        let listener = listen(run.join(SOCKET))?;
+        ready();
+        tracing::info!(pool = %inner.pool.root().display(), "the agent listens");
+        let mut tasks = JoinSet::new();
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut busy = Instant::now();
+        loop {
+            tokio::select! {
+                () = inner.ctx.cancel.cancelled() => break,
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => { tasks.spawn(self.clone().connection(stream)); }
+                    // Too many open files, for example: the server tries again.
+                    Err(error) => {
+                        tracing::warn!(%error, "an image server could not connect");
+                        sleep(RETRY).await;
+                    }
+                },
+                _ = ticks.tick() => self.clone().settle_pins().await,
+                () = sleep(IDLE / 2), if until_idle => {}
+            }
+            while tasks.try_join_next().is_some() {}
+            if !tasks.is_empty() {
+                busy = Instant::now();
+            } else if until_idle && busy.elapsed() > IDLE {
+                break;
+            }
+        }
+        // Without the socket, whoever needs an agent starts another one.
+        let _ = std::fs::remove_file(run.join(SOCKET));
+        tasks.shutdown().await;
+        Ok(())
+    }
+
+    /// Serves one image server, and its successors.
+    async fn connection(self, stream: UnixStream) {
+        match Connection::accept(stream).await {
+            Ok(connection) => {
+                let id = connection.volume();
+                match self.serve(connection).await {
+                    Ok(()) | Err(Error::Cancelled) => {}
+                    Err(error) => {
+                        tracing::warn!(volume = %id, %error, "an image server is left alone");
+                        // It will come again at once.
+                        sleep(RETRY).await;
+                    }
+                }
+            }
+            // One that only asked whether somebody listens.
+            Err(error) => tracing::debug!(%error, "a connection without a server"),
+        }
+    }
+
+    async fn serve(&self, connection: Connection) -> Result<()> {
+        let inner = &self.0;
+        let id = connection.volume();
+        let (volume, lazy) = self.lazy_volume(id).await?;
+        let record = &lazy.volume;
+        record.validate().map_err(|error| Error::Damaged {
+            path: volume.directory().join("volume.json"),
+            detail: error.to_string(),
+        })?;
+        let repo = self.open(&lazy.repository).await?;
+        let reader = VolumeReader::open(&repo, record, &inner.ctx)?;
+        let (sender, events) = mpsc::unbounded_channel();
+        let options = AgentOptions {
+            reader: Arc::new(reader),
+            start_list: lazy.start.as_ref().map(|list| list.ranges().to_vec()).unwrap_or_default(),
+            hydrate: !lazy.hydrated,
+            record_for: lazy.start.is_none().then_some(MOUNT_TIME),
+            events: Arc::new(Events(sender)),
+        };
+        let follow = self.follow(volume.clone(), lazy, repo, events);
+        let served = serve(connection, options, &inner.ctx.cancel);
+        // What was said last is still heard, since the sender goes with the first one.
+        let (end, ()) = futures::join!(served, follow);
+        match end? {
+            End::Unmounted | End::Disconnected => Ok(()),
+            End::Died(inherited) => {
+                tracing::warn!(volume = %volume.name(), "its image server died; a successor goes on");
+                let serving = inner.serving.clone();
+                blocking(move || {
+                    let locked = volume.lock()?;
+                    if !locked.state().wanted.attached {
+                        return Ok(());
+                    }
+                    let read_only = locked.state().wanted.read_only;
+                    locked.start_server(&serving, read_only, Some(inherited))
+                })
+                .await
+            }
+        }
+    }
+
+    /// Finds a volume by its id.
+    async fn lazy_volume(&self, id: SnapshotId) -> Result<(Volume, LazyState)> {
+        let pool = self.0.pool.clone();
+        blocking(move || {
+            for volume in pool.volumes()? {
+                match volume.state() {
+                    Ok(state) if state.id == id => {
+                        let lazy = state.lazy.ok_or_else(|| {
+                            Error::Request(format!("{volume} is no lazy clone any more"))
+                        })?;
+                        return Ok((volume, lazy));
+                    }
+                    // Deleted meanwhile, or damaged: not the one, as far as anyone can tell.
+                    _ => {}
+                }
+            }
+            let (name, within) = (id.to_string(), pool.to_string());
+            Err(Error::Unknown { what: "volume", name, within, known: vec![] })
+        })
+        .await
+    }
+
+    /// Opens a repository, however long it is away.
+    async fn open(&self, url: &str) -> Result<Repository> {
+        let mut told = false;
+        loop {
+            match self.0.repositories.open(url).await {
+                Ok(repo) => return Ok(repo),
+                Err(error) if error.kind() == petra_engine::ErrorKind::Retry => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!(url, %error, "the repository is away");
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+            tokio::select! {
+                () = self.0.ctx.cancel.cancelled() => return Err(Error::Cancelled),
+                () = sleep(RETRY) => {}
+            }
+        }
+    }
+
+    /// Does what follows from what happens to a volume.
+    async fn follow(
+        &self,
+        volume: Volume,
+        lazy: LazyState,
+        repo: Repository,
+        mut events: mpsc::UnboundedReceiver<Happened>,
+    ) {
+        while let Some(happened) = events.recv().await {
+            let done = match happened {
+                Happened::Recorded(ranges) => self.recorded(&volume, &lazy, &repo, ranges).await,
+                Happened::Hydrated => self.hydrated(&volume, &repo).await,
+            };
+            if let Err(error) = done {
+                tracing::warn!(volume = %volume.name(), %error, "what follows from an event failed");
+            }
+        }
+    }
+
+    async fn recorded(
+        &self,
+        volume: &Volume,
+        lazy: &LazyState,
+        repo: &Repository,
+        ranges: Vec<std::ops::Range<u64>>,
+    ) -> Result<()> {
+        let list = StartList::new(ranges);
+        repo.put_start_list(lazy.snapshot, lazy.number, &list).await?;
+        let volume = volume.clone();
+        blocking(move || {
+            volume.lock()?.change(|state| {
+                if let Some(lazy) = &mut state.lazy {
+                    lazy.start = Some(list);
+                }
+            })
+        })
+        .await
+    }
+
+    /// Ends the pin, and lets a read-only device go on with the image itself.
+    async fn hydrated(&self, volume: &Volume, repo: &Repository) -> Result<()> {
+        tracing::info!(volume = %volume.name(), "all its data is here");
+        let volume = volume.clone();
+        let noted = blocking(move || {
+            let mut locked = volume.lock()?;
+            let Some(lazy) = locked.state().lazy.clone() else { return Ok(None) };
+            if lazy.hydrated {
+                return Ok(None);
+            }
+            // Noted before the volume lets go of it, and ended after.
+            let noted = pins::note_end(volume.pool(), &lazy)?;
+            locked.change(|state| {
+                if let Some(lazy) = &mut state.lazy {
+                    lazy.hydrated = true;
+                }
+            })?;
+            if let Err(error) = locked.hand_over() {
+                tracing::warn!(volume = %volume.name(), %error, "it stays with its image server");
+            }
+            Ok(Some(noted))
+        })
+        .await?;
+        if let Some(noted) = noted {
+            ClonePin::taken(repo, noted.pin(), noted.snapshot()).end(&self.0.ctx).await?;
+            noted.forget()?;
+        }
+        Ok(())
+    }
+
+    /// Ends pins that hold data for nothing.
+    async fn settle_pins(self) {
+        let pool = self.0.pool.clone();
+        let urls = match blocking(move || pool.noted_pins()).await {
+            Ok(noted) => {
+                noted.iter().map(|noted| noted.repository().to_owned()).collect::<HashSet<_>>()
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the notes of pins can't be read");
+                return;
+            }
+        };
+        for url in urls {
+            let settled = async {
+                let repo = self.0.repositories.open(&url).await?;
+                pins::settle(&self.0.pool, &url, &repo, &self.0.ctx).await
+            };
+            if let Err(error) = settled.await {
+                tracing::warn!(url, %error, "pins that hold data for nothing could not be ended");
+            }
+        }
+    }
+}
+
+/// Binds the socket. One that a dead agent left is replaced: the lock says that it is dead.
+fn listen(path: PathBuf) -> Result<UnixListener> {
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io("delete", path)(error));
+        }
+        _ => {}
+    }
+    UnixListener::bind(&path).map_err(Error::io("listen on", path))
+}
+
+/// What an event is followed by.
+#[derive(Debug)]
+enum Happened {
+    Recorded(Vec<std::ops::Range<u64>>),
+    Hydrated,
+}
+
+/// Writes events down, and passes on what has consequences.
+#[derive(Debug)]
+struct Events(mpsc::UnboundedSender<Happened>);
+
+impl AgentEvents for Events {
+    fn event(&self, volume: SnapshotId, event: AgentEvent<'_>) {
+        let happened = match event {
+            AgentEvent::StoreAway { error } => {
+                tracing::warn!(%volume, %error, "the repository is away; what is missing waits");
+                return;
+            }
+            AgentEvent::StoreBack => {
+                tracing::info!(%volume, "the repository is back");
+                return;
+            }
+            AgentEvent::Damaged { range, error } => {
+                tracing::error!(%volume, ?range, %error, "a part of the volume can't be read");
+                return;
+            }
+            AgentEvent::Incomplete { damaged_bytes } => {
+                tracing::error!(%volume, damaged_bytes, "all is here but what can't be read");
+                return;
+            }
+            AgentEvent::Recorded { ranges } => Happened::Recorded(ranges.to_vec()),
+            AgentEvent::Hydrated => Happened::Hydrated,
+        };
+        // Nobody follows any more: the agent ends.
+        let _ = self.0.send(happened);
+    }
+}

@@ -1,0 +1,196 @@
+//! Making a volume of a pool from a snapshot of a repository.
+//!
+//! Where the pool has a copy that holds what the snapshot holds, the volume is a copy by reference and complete at once.
+//! Elsewhere it is *lazy*: an empty image, whose data is fetched when it is touched and in the background
+//! ([`crate::lazy`]). Until all of it is here, a pin in the repository keeps the snapshot readable.
+
+use std::path::PathBuf;
+
+use petra_engine::clone::ClonePin;
+use petra_engine::record::{SnapshotRecord, VolumeRecord};
+use petra_engine::{Context, Name, Repository};
+
+use crate::error::Result;
+use crate::pool::pins::{self, blocking};
+use crate::pool::{Content, CreateRequest, Filesystem, LazyState, Pool};
+use crate::volume::{LockedVolume, Volume};
+
+/// The device of a clone has the smallest blocks: whatever the volume was used with before works with them.
+const SECTOR_BYTES: u32 = 512;
+
+/// A clone to make.
+#[derive(Clone, Debug)]
+pub struct CloneRequest {
+    /// The name of the new volume.
+    pub name: Name,
+    /// The snapshot.
+    pub snapshot: SnapshotRecord,
+    /// The volume of it.
+    pub volume: VolumeRecord,
+    /// The repository's URL, by which the agent opens it later.
+    pub repository: String,
+    /// The whole URL, for people.
+    pub origin: String,
+    /// Delete the volume when it is unmounted.
+    pub ephemeral: bool,
+}
+
+impl CloneRequest {
+    /// The volume's number in the snapshot, from 1.
+    fn number(&self) -> u32 {
+        let before =
+            self.snapshot.volumes.iter().take_while(|volume| volume.name != self.volume.name);
+        before.count() as u32 + 1
+    }
+}
+
+/// How a clone was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// By reference to a copy on this machine: all its data is here.
+    Reference,
+    /// Its data comes when it is needed.
+    Lazy,
+}
+
+/// Makes a volume from a snapshot. After an error there is neither a volume nor, as far as the repository can be
+/// reached, a pin.
+pub async fn clone(
+    pool: &Pool,
+    repo: &Repository,
+    request: &CloneRequest,
+    ctx: &Context,
+) -> Result<(Volume, How)> {
+    if let Some(volume) = by_reference(pool, repo, request).await? {
+        return Ok((volume, How::Reference));
+    }
+    let pin = ctx.host.new_id();
+    let (url, snapshot) = (request.repository.clone(), request.snapshot.id);
+    let noted = blocking({
+        let pool = pool.clone();
+        move || pool.note_pin(&url, snapshot, pin)
+    })
+    .await?;
+    let number = request.number();
+    let (pin, start) = futures::join!(
+        ClonePin::take_as(repo, pin, snapshot, ctx),
+        repo.start_list(snapshot, number)
+    );
+    let pin = pin?;
+    let mut create = create_request(request, Content::Empty);
+    create.lazy = Some(LazyState {
+        repository: request.repository.clone(),
+        snapshot,
+        number,
+        volume: request.volume.clone(),
+        pin: pin.id(),
+        // Without one the mount takes longer.
+        start: start.unwrap_or_default(),
+        hydrated: false,
+    });
+    let made = create_volume(pool, create).await;
+    // Where the repository is away now, the note makes someone end the pin later.
+    if made.is_ok() || pin.end(ctx).await.is_ok() {
+        noted.forget()?;
+    }
+    Ok((made?, How::Lazy))
+}
+
+/// Makes the clone from a copy in the pool, if there is one.
+async fn by_reference(
+    pool: &Pool,
+    repo: &Repository,
+    request: &CloneRequest,
+) -> Result<Option<Volume>> {
+    let (pool, repository, request) = (pool.clone(), repo.config().id, request.clone());
+    blocking(move || {
+        for volume in pool.volumes()? {
+            let Some(copy) = copy_of(&volume, repository, &request) else { continue };
+            // Its lock keeps the copy where it is. A volume that is busy is no reason to wait: there is another way.
+            let Ok(locked) = volume.lock_for(std::time::Duration::ZERO) else { continue };
+            if copy_of(&volume, repository, &request).as_ref() != Some(&copy) {
+                continue;
+            }
+            let sector_bytes = locked.state().sector_bytes;
+            let filesystem = locked.state().filesystem;
+            let mut create = create_request(&request, Content::CopyOf(copy));
+            (create.sector_bytes, create.filesystem) = (sector_bytes, filesystem);
+            return pool.create(create).map(Some);
+        }
+        Ok(None)
+    })
+    .await
+}
+
+/// The copy of a volume that holds what is to be cloned. A volume that can't be read is not asked.
+fn copy_of(
+    volume: &Volume,
+    repository: petra_engine::SnapshotId,
+    request: &CloneRequest,
+) -> Option<PathBuf> {
+    let base = volume.state().ok()?.base?;
+    let fits = base.repository == repository
+        && base.snapshot == request.snapshot.id
+        && base.volume == request.volume.name;
+    fits.then(|| volume.copy(base.copy))
+}
+
+fn create_request(request: &CloneRequest, content: Content) -> CreateRequest {
+    CreateRequest {
+        name: request.name.clone(),
+        size_bytes: request.volume.len_bytes,
+        sector_bytes: SECTOR_BYTES,
+        // What it holds shows when it is mounted.
+        filesystem: Filesystem::Raw,
+        content,
+        origin: Some(request.origin.clone()),
+        lazy: None,
+        ephemeral: request.ephemeral,
+    }
+}
+
+async fn create_volume(pool: &Pool, request: CreateRequest) -> Result<Volume> {
+    let pool = pool.clone();
+    blocking(move || pool.create(request)).await
+}
+
+/// Deletes a volume. If it is a lazy clone, its pin stays noted in the pool until [`pins::settle`] has ended it.
+pub fn delete(volume: LockedVolume, copies_matter: bool) -> Result<()> {
+    let noted = match &volume.state().lazy {
+        Some(lazy) => Some(pins::note_end(volume.volume().pool(), lazy)?),
+        None => None,
+    };
+    let deleted = volume.delete(copies_matter);
+    if deleted.is_err()
+        && let Some(noted) = noted
+    {
+        noted.forget()?;
+    }
+    deleted.map(|_| ())
+}
+
+/// What a volume's beginning says about the file system on it.
+pub fn detect(beginning: &[u8]) -> Filesystem {
+    let holds = |at: usize, magic: &[u8]| beginning.get(at..at + magic.len()) == Some(magic);
+    if holds(0, b"XFSB") {
+        Filesystem::Xfs
+    } else if holds(0x10040, b"_BHRfS_M") {
+        Filesystem::Btrfs
+    } else if holds(0x438, &[0x53, 0xef]) {
+        Filesystem::Ext4
+    } else {
+        Filesystem::Raw
+    }
+}
+
+/// Bytes of a volume's beginning that [`detect`] looks at.
+pub const DETECT_BYTES: usize = 0x10048;
+
+impl From<How> for &'static str {
+    fn from(how: How) -> Self {
+        match how {
+            How::Reference => "reference",
+            How::Lazy => "lazy",
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! How the processes of this crate are started: by the embedding program, which runs itself with another command.
+//!
+//! They are processes and not threads so that one can die, or be replaced, without the others. All are sessions of
+//! their own: a signal to a terminal's processes is not meant for them.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use crate::error::{Error, Result};
+use crate::lazy::server::{Inheritance, ServerOptions};
+use crate::pool::Pool;
+
+/// What an image server and an agent write on their standard output when they are ready.
+pub const READY: &[u8] = b"ready\n";
+/// What a process says about its failure is shortened to this, in bytes.
+const MAX_COMPLAINT: u64 = 4096;
+
+/// The embedding program. It must know these commands:
+///
+/// | command | does |
+/// |---|---|
+/// | `image-server ...` | runs a [`Server`](crate::lazy::server::Server) with these options |
+/// | `pool agent --pool DIR --until-idle` | runs an [`Agent`](crate::agent::Agent) |
+/// | `freeze-guard` | runs the guard of a freeze |
+#[derive(Clone, Debug)]
+pub struct Programs {
+    program: PathBuf,
+}
+
+impl Programs {
+    /// The program that is run.
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        Self { program: program.into() }
+    }
+
+    /// The program itself.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Starts an image server, or a successor of one, and waits until its file can be used. Its log goes to `log`.
+    pub fn start_image_server(
+        &self,
+        options: &ServerOptions,
+        inherited: Option<Inheritance>,
+        log: &Path,
+    ) -> Result<()> {
+        let mut args = vec![OsString::from("image-server")];
+        args.extend(server_args(options));
+        let mut stdin = Stdio::null();
+        if let Some(Inheritance { device, negotiated }) = inherited {
+            args.extend(["--resume".into(), negotiated.to_string().into()]);
+            stdin = device.into();
+        }
+        self.start(args, stdin, log)
+    }
+
+    /// Starts the agent of a pool, and waits until it listens. It ends by itself when it has nothing to do.
+    pub fn start_agent(&self, pool: &Pool) -> Result<()> {
+        let args = [
+            "pool".into(),
+            "agent".into(),
+            "--until-idle".into(),
+            "--pool".into(),
+            pool.root().as_os_str().to_owned(),
+        ];
+        let log = pool.run_directory()?.join("agent.log");
+        self.start(args.to_vec(), Stdio::null(), &log)
+    }
+
+    fn start(&self, args: Vec<OsString>, stdin: Stdio, log: &Path) -> Result<()> {
+        let name = args.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let log_file = File::options().create(true).append(true).read(true).open(log);
+        let log_file = log_file.map_err(Error::io("open", log))?;
+        let said = log_file.metadata().map_err(Error::io("look at", log))?.len();
+        let mut command = Command::new(&self.program);
+        command.args(args).stdin(stdin).stdout(Stdio::piped());
+        command.stderr(log_file.try_clone().map_err(Error::io("open", log))?);
+        // SAFETY: setsid is async-signal-safe, and nothing else happens between fork and exec.
+        unsafe {
+            command.pre_exec(|| {
+                rustix::process::setsid()?;
+                Ok(())
+            });
+        }
+        let mut child = command.spawn().map_err(Error::io("start", &self.program))?;
+        if is_ready(&mut child) {
+            // It is not this process's to wait for; whoever comes first after its end clears it away.
+            std::thread::spawn(move || child.wait());
+            return Ok(());
+        }
+        let status = child.wait().map_err(Error::io("wait for", &self.program))?;
+        let stderr = complaint(&log_file, said);
+        let tool = format!("{} {name}", self.program.display());
+        Err(Error::Tool { tool, status: status.to_string(), stderr })
+    }
+}
+
+/// The options of an image server, as arguments.
+fn server_args(options: &ServerOptions) -> Vec<OsString> {
+    let ServerOptions { volume, image, presence, working, mount, socket, patience, .. } = options;
+    let mut args: Vec<OsString> = vec![];
+    for (name, value) in [
+        ("--volume", volume.id.to_string().into()),
+        ("--bytes", volume.len_bytes.to_string().into()),
+        ("--image", image.as_os_str().to_owned()),
+        ("--presence", presence.as_os_str().to_owned()),
+        ("--working", working.as_os_str().to_owned()),
+        ("--mount", mount.as_os_str().to_owned()),
+        ("--socket", socket.as_os_str().to_owned()),
+        ("--patience", patience.as_secs().to_string().into()),
+        ("--server-threads", options.threads.to_string().into()),
+    ] {
+        args.extend([name.into(), value]);
+    }
+    args.extend(options.direct.then(|| "--direct".into()));
+    args.extend(options.read_only.then(|| "--read-only".into()));
+    args
+}
+
+/// Waits for the word that a process is ready, or for its end.
+fn is_ready(child: &mut Child) -> bool {
+    let mut said = vec![];
+    let limit = READY.len() as u64;
+    let Some(stdout) = child.stdout.take() else { return false };
+    stdout.take(limit).read_to_end(&mut said).is_ok() && said == READY
+}
+
+/// What was written to a log since it had this length.
+fn complaint(log: &File, from: u64) -> String {
+    use std::os::unix::fs::FileExt;
+    let end = log.metadata().map_or(from, |metadata| metadata.len());
+    let len = usize::try_from(end.saturating_sub(from).min(MAX_COMPLAINT)).unwrap_or_default();
+    let mut bytes = vec![0; len];
+    match log.read_exact_at(&mut bytes, from) {
+        Ok(()) => String::from_utf8_lossy(&bytes).trim().to_owned(),
+        Err(_) => String::new(),
+    }
+}

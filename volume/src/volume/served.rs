@@ -1,0 +1,175 @@
+//! Devices of lazy clones: with an image server between image and device, as long as data is missing.
+//!
+//! ```text
+//! lazy      live/image <- image server -> lazy/image (FUSE) <- loop device
+//! hydrated  live/image <- loop device                                      from the next time it is attached
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::thread::sleep;
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+use super::{Attachment, LockedVolume};
+use crate::backend::IMAGE;
+use crate::error::{Error, Result};
+use crate::lazy::presence::VolumeIdentity;
+use crate::lazy::server::{Inheritance, ServerOptions};
+use crate::programs::Programs;
+use crate::sys::mounts;
+
+/// How long a server that was told to end may take to make durable what it has.
+const END_WAIT: Duration = Duration::from_secs(60);
+const END_STEP: Duration = Duration::from_millis(2);
+/// Threads of an image server.
+const THREADS: usize = 4;
+
+/// What serving a lazy clone needs.
+#[derive(Clone, Debug)]
+pub struct Serving {
+    /// How processes are started.
+    pub programs: Programs,
+    /// How long a read waits for data while the repository is away.
+    pub patience: Duration,
+}
+
+impl LockedVolume {
+    /// Attaches the volume, with an image server in between if it needs one, and makes sure that an agent brings it what is
+    /// missing.
+    pub fn attach_served(&mut self, serving: &Serving, read_only: bool) -> Result<Attachment> {
+        let Some(lazy) = self.state.lazy.clone() else { return self.attach(read_only) };
+        if self.volume.attachment()?.is_none() {
+            self.end_server()?;
+            if lazy.hydrated {
+                self.change(|state| state.lazy = None)?;
+                remove(self.volume.presence())?;
+                return self.attach(read_only);
+            }
+        } else if self.is_served() {
+            return self.attach_image(&self.served(), read_only);
+        } else {
+            let by = "its image server died: detach it and attach it again".to_owned();
+            return Err(self.volume.in_use(by));
+        }
+        let pool = self.volume.pool().clone();
+        let run = pool.run_directory()?;
+        if std::os::unix::net::UnixStream::connect(run.join(SOCKET)).is_err() {
+            match serving.programs.start_agent(&pool) {
+                // Another one was faster.
+                Err(Error::Tool { .. })
+                    if std::os::unix::net::UnixStream::connect(run.join(SOCKET)).is_ok() => {}
+                started => started?,
+            }
+        }
+        self.start_server(serving, read_only, None)?;
+        self.attach_image(&self.served(), read_only)
+    }
+
+    /// Starts an image server, or a successor of one.
+    pub(crate) fn start_server(
+        &self,
+        serving: &Serving,
+        read_only: bool,
+        inherited: Option<Inheritance>,
+    ) -> Result<()> {
+        let mount = self.volume.lazy_directory();
+        match std::fs::create_dir(&mount) {
+            // Also while a dead server is mounted there.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(Error::io("create", mount)(error));
+            }
+            _ => {}
+        }
+        let id = self.state.id;
+        let run = self.volume.pool().run_directory()?;
+        let options = ServerOptions {
+            volume: VolumeIdentity { id, len_bytes: self.state.size_bytes },
+            image: self.volume.image(),
+            presence: self.volume.presence(),
+            working: run.join(format!("{id}.presence")),
+            mount,
+            socket: run.join(SOCKET),
+            // Smaller blocks than the pool's can only be written through the page cache.
+            direct: self.state.sector_bytes == 4096,
+            read_only,
+            patience: serving.patience,
+            threads: THREADS,
+        };
+        let log = run.join(format!("{id}.log"));
+        serving.programs.start_image_server(&options, inherited, &log)
+    }
+
+    /// What the device of a lazy clone stands on.
+    pub(crate) fn served(&self) -> PathBuf {
+        self.volume.lazy_directory().join(IMAGE)
+    }
+
+    /// True while an image server answers.
+    fn is_served(&self) -> bool {
+        std::fs::metadata(self.served()).is_ok()
+    }
+
+    /// Ends the image server, if there is one, and waits until it has made all durable. Clears away what a dead one left.
+    pub(crate) fn end_server(&self) -> Result<()> {
+        let at = self.volume.lazy_directory();
+        let all = mounts::all().map_err(Error::io("read", "/proc/self/mountinfo"))?;
+        for _ in all.iter().filter(|mount| mount.at == at) {
+            let ended = match rustix::mount::unmount(&at, UnmountFlags::NOFOLLOW) {
+                // The server is dead, or someone looks at its file: what it serves goes with the last one who does.
+                Err(Errno::BUSY | Errno::NOTCONN) => {
+                    rustix::mount::unmount(&at, UnmountFlags::DETACH)
+                }
+                ended => ended,
+            };
+            ended.map_err(Error::io("unmount", &at))?;
+        }
+        let path = self.volume.presence();
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            file => file.map_err(Error::io("open", &path))?,
+        };
+        let mut waited = Duration::ZERO;
+        while flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if waited >= END_WAIT {
+                return Err(self.volume.in_use("its image server does not end".to_owned()));
+            }
+            sleep(END_STEP);
+            waited += END_STEP;
+        }
+        Ok(())
+    }
+
+    /// Lets a read-only device go on with the local image, under whoever uses it, and ends the image server.
+    pub(crate) fn hand_over(&mut self) -> Result<bool> {
+        let Some((device, backing)) = self.volume.attachments()?.into_iter().next() else {
+            return Ok(false);
+        };
+        if !backing.read_only {
+            return Ok(false);
+        }
+        let image = self.volume.image();
+        let file = File::open(&image).map_err(Error::io("open", &image))?;
+        device.change(&file).map_err(Error::io("hand over", device.path()))?;
+        self.end_server()?;
+        self.change(|state| state.lazy = None)?;
+        remove(self.volume.presence())?;
+        Ok(true)
+    }
+}
+
+/// The agent's socket, in the pool's run directory.
+pub(crate) const SOCKET: &str = "agent.sock";
+
+fn remove(path: PathBuf) -> Result<()> {
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(Error::io("delete", path)(error))
+        }
+        _ => Ok(()),
+    }
+}
