@@ -7,6 +7,7 @@ pub mod lab;
 pub mod loop_device;
 pub mod mount;
 pub mod outcomes;
+pub mod pool;
 pub mod recording;
 pub mod require;
 pub mod s3;

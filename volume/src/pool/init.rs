@@ -267,12 +267,12 @@ fn make_in_file(path: &Path, size_bytes: u64, at: &Path, kind: BackendKind) -> R
         .map_err(Error::io("create", path))?;
     let made = || {
         file.set_len(size_bytes).map_err(Error::io("set the length of", path))?;
-        format(path, kind)?;
         let options = Options { read_only: false, sector_bytes: 4096, autoclear: true };
         let (device, _open) =
             LoopDevice::attach(&file, options).map_err(Error::io("attach", path))?;
-        // The mount holds the device from now on; without one it would stay.
-        mount_new(&device.path(), at, kind).inspect_err(|_| drop(device.detach()))
+        // The device and not the file, so that the file system gets its block size. It goes with the mount, or with `_open`.
+        format(&device.path(), kind)?;
+        mount_new(&device.path(), at, kind)
     };
     made().inspect_err(|_| drop(std::fs::remove_file(path)))
 }

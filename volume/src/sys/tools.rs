@@ -21,6 +21,10 @@ pub(crate) struct Tool {
 
 /// Makes ext4.
 pub(crate) const MKFS_EXT4: Tool = Tool { name: "mkfs.ext4", package: "e2fsprogs" };
+/// Checks ext4.
+pub(crate) const E2FSCK: Tool = Tool { name: "e2fsck", package: "e2fsprogs" };
+/// Grows ext4 that is not mounted.
+pub(crate) const RESIZE2FS: Tool = Tool { name: "resize2fs", package: "e2fsprogs" };
 /// Makes XFS.
 pub(crate) const MKFS_XFS: Tool = Tool { name: "mkfs.xfs", package: "xfsprogs" };
 /// Makes btrfs.

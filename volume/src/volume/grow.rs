@@ -1,12 +1,14 @@
 //! Making a volume larger while it is in use.
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 
 use super::LockedVolume;
 use crate::error::{Error, Result};
 use crate::pool::MAX_VOLUME_BYTES;
 use crate::pool::state::Filesystem;
+use crate::sys::tools::{E2FSCK, RESIZE2FS, argument};
 use crate::sys::{btrfs, resize};
 
 impl LockedVolume {
@@ -56,6 +58,16 @@ impl LockedVolume {
         }
     }
 
+    /// Makes an ext4 that is not mounted as large as its device. It is checked first, which takes time.
+    pub(super) fn grow_unmounted_ext4(&mut self, device: &Path) -> Result<()> {
+        let (device, needed_for) = (argument(device), "growing an ext4 that is not mounted");
+        // Fails, too, when it had to mend something; then the second look finds it whole.
+        let options = ["-f".into(), "-p".into(), device.clone()];
+        E2FSCK.run(options.clone(), needed_for).or_else(|_| E2FSCK.run(options, needed_for))?;
+        RESIZE2FS.run([device], needed_for)?;
+        self.change(|state| state.grow_filesystem = false)
+    }
+
     pub(super) fn set_image_size(&self, size_bytes: u64) -> Result<()> {
         let path = self.volume.image();
         let image = File::options().write(true).open(&path).map_err(Error::io("open", &path))?;
@@ -73,7 +85,15 @@ impl LockedVolume {
             Filesystem::Btrfs => btrfs::grow_to_device(&top),
             Filesystem::Raw => Ok(()),
         };
-        grown.map_err(Error::io("grow the file system at", at))?;
+        grown.map_err(|cause| {
+            if cause.kind() == io::ErrorKind::PermissionDenied {
+                // What this kernel wants for ext4, although a user may be root.
+                let detail = "to grow a mounted ext4, a process needs CAP_SYS_RESOURCE; the volume has its new size, and \
+                              its file system grows when it is mounted next";
+                return Error::Unsupported { path: at.to_owned(), detail: detail.to_owned() };
+            }
+            Error::io("grow the file system at", at)(cause)
+        })?;
         self.change(|state| state.grow_filesystem = false)
     }
 }

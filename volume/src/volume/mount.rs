@@ -51,18 +51,28 @@ impl LockedVolume {
         };
         let device = attachment.device;
         let filesystem = self.filesystem_on(&device)?;
-        mount(&device, &at, filesystem, read_only).map_err(|cause| {
-            if filesystem == Filesystem::Btrfs && cause.raw_os_error() == Some(EXIST) {
-                // Kernels before 6.7.
-                let detail = "another btrfs with the same id is mounted, as that of a copy or clone of it has; this \
-                              kernel can mount only one of them at a time (6.7 and later can)";
-                return Error::Unsupported { path: device.clone(), detail: detail.to_owned() };
-            }
-            Error::io("mount", &device)(cause)
-        })?;
+        let mount = || {
+            mount(&device, &at, filesystem, read_only).map_err(|cause| {
+                if filesystem == Filesystem::Btrfs && cause.raw_os_error() == Some(EXIST) {
+                    // Kernels before 6.7.
+                    let detail = "another btrfs with the same id is mounted, as that of a copy or clone of it has; this \
+                                  kernel can mount only one of them at a time (6.7 and later can)";
+                    return Error::Unsupported { path: device.clone(), detail: detail.to_owned() };
+                }
+                Error::io("mount", &device)(cause)
+            })
+        };
+        mount()?;
         self.change(|state| state.wanted.mounted_at = Some(at.clone()))?;
         if self.state.grow_filesystem && !read_only {
-            self.grow_mounted(&at)?;
+            match self.grow_mounted(&at) {
+                Err(Error::Unsupported { .. }) if filesystem == Filesystem::Ext4 => {
+                    mounts::unmount(&at).map_err(Error::io("unmount", &at))?;
+                    self.grow_unmounted_ext4(&device)?;
+                    mount()?;
+                }
+                grown => grown?,
+            }
         }
         Ok(())
     }
