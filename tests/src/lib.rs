@@ -2,6 +2,7 @@
 
 #![expect(clippy::expect_used, reason = "in support of tests a panic is the right way to fail")]
 
+pub mod disk;
 pub mod host;
 pub mod lab;
 pub mod loop_device;

@@ -1,0 +1,207 @@
+//! Where the bytes of a file lie on its file system, and what differs between two files that share extents.
+//!
+//! A copy by reference shares all extents with its original. What is written to the original later goes elsewhere, so
+//! bytes that two files have in common are those that lie at the same place for both. The kernel tells (FIEMAP), and
+//! nothing of the files needs to be read. This holds as long as both files are there and neither is written: a place
+//! that a file refers to is not used for anything else.
+//!
+//! Only a plain extent at a known place can be the same as another. Holes and extents that were allocated but never
+//! written both read as zeros, so they are the same as each other. Whatever else the kernel may say (delayed, inline,
+//! compressed, unaligned, unknown) counts as different from everything.
+//!
+//! A map is read in windows, so that memory does not depend on how fragmented a file is.
+
+use std::fs::File;
+use std::ops::Range;
+
+use rustix::io::{Errno, Result};
+use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
+
+/// Extents asked for at once.
+const BATCH: usize = 256;
+
+/// Write out what is dirty first.
+const FIEMAP_FLAG_SYNC: u32 = 1;
+/// The last extent of the file.
+const EXTENT_LAST: u32 = 0x1;
+/// Allocated, never written: zeros.
+const EXTENT_UNWRITTEN: u32 = 0x800;
+/// Several extents were joined in the answer.
+const EXTENT_MERGED: u32 = 0x1000;
+/// Other files refer to it too.
+const EXTENT_SHARED: u32 = 0x2000;
+/// Flags of an extent whose place can be relied on.
+const PLAIN: u32 = EXTENT_LAST | EXTENT_UNWRITTEN | EXTENT_MERGED | EXTENT_SHARED;
+
+/// `struct fiemap_extent`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct Extent {
+    logical: u64,
+    physical: u64,
+    length: u64,
+    reserved64: [u64; 2],
+    flags: u32,
+    reserved: [u32; 3],
+}
+
+/// `struct fiemap`.
+#[repr(C)]
+#[derive(Debug)]
+struct Request {
+    start: u64,
+    length: u64,
+    flags: u32,
+    mapped_extents: u32,
+    extent_count: u32,
+    reserved: u32,
+    extents: [Extent; BATCH],
+}
+
+/// `FS_IOC_FIEMAP`: its number holds the size of the request without extents, 32 bytes.
+const FS_IOC_FIEMAP: Opcode = opcode::read_write::<[u64; 4]>(b'f', 11);
+
+/// Bytes of a file that lie somewhere as one piece.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Stretch {
+    range: Range<u64>,
+    /// The place of its first byte; none where it can't be relied on.
+    place: Option<u64>,
+}
+
+/// Where the bytes of a range of a file lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExtentMap {
+    range: Range<u64>,
+    /// Ascending. What is between them are zeros.
+    stretches: Vec<Stretch>,
+}
+
+impl ExtentMap {
+    /// Reads the map of a range of a file. Errors: those of the kernel; `EIO` for an answer that makes no sense.
+    pub fn read(file: &File, range: Range<u64>) -> Result<Self> {
+        let mut map = Self { range: range.clone(), stretches: Vec::new() };
+        let mut request = Request {
+            start: 0,
+            length: 0,
+            flags: 0,
+            mapped_extents: 0,
+            extent_count: BATCH as u32,
+            reserved: 0,
+            extents: [Extent::default(); BATCH],
+        };
+        let mut at = range.start;
+        while at < range.end {
+            request.start = at;
+            request.length = range.end - at;
+            // Dirty pages of the whole range, once.
+            request.flags = if at == range.start { FIEMAP_FLAG_SYNC } else { 0 };
+            request.mapped_extents = 0;
+            // SAFETY: the opcode is that of FIEMAP, which reads and writes a `struct fiemap` followed by as many
+            // extents as it says it has: the layout of `Request`.
+            unsafe { ioctl(file, Updater::<FS_IOC_FIEMAP, Request>::new(&mut request)) }?;
+            let count = request.mapped_extents as usize;
+            let Some(found) = request.extents.get(..count) else { return Err(Errno::IO) };
+            let Some(last) = found.last() else { break };
+            for extent in found {
+                map.add(extent);
+            }
+            let end = last.logical.checked_add(last.length).ok_or(Errno::IO)?;
+            if last.flags & EXTENT_LAST != 0 || end >= range.end {
+                break;
+            }
+            if end <= at {
+                return Err(Errno::IO);
+            }
+            at = end;
+        }
+        Ok(map)
+    }
+
+    fn add(&mut self, extent: &Extent) {
+        let end = extent.logical.saturating_add(extent.length).min(self.range.end);
+        let start = extent.logical.max(self.range.start);
+        let is_plain = extent.flags & !PLAIN == 0;
+        if start >= end || is_plain && extent.flags & EXTENT_UNWRITTEN != 0 {
+            return;
+        }
+        let place = extent.physical.checked_add(start - extent.logical).filter(|_| is_plain);
+        let overlaps = self.stretches.last().is_some_and(|last| last.range.end > start);
+        if overlaps {
+            // The file is being changed. All from here on is as good as unknown.
+            let start = self.stretches.last().map_or(start, |last| last.range.start);
+            self.stretches.pop();
+            self.stretches.push(Stretch { range: start..self.range.end, place: None });
+            return;
+        }
+        self.stretches.push(Stretch { range: start..end, place });
+    }
+}
+
+/// The ranges in which two maps of the same range of two files differ, ascending and apart from each other. All bytes
+/// outside of them are the same in both files.
+pub fn differing(a: &ExtentMap, b: &ExtentMap) -> Vec<Range<u64>> {
+    let mut found = Vec::new();
+    if a.range != b.range {
+        add(&mut found, a.range.start.min(b.range.start)..a.range.end.max(b.range.end));
+        return found;
+    }
+    let (mut left, mut right) = (Cursor::new(&a.stretches), Cursor::new(&b.stretches));
+    let mut at = a.range.start;
+    while at < a.range.end {
+        let (here, left_end) = left.at(at, a.range.end);
+        let (there, right_end) = right.at(at, a.range.end);
+        let end = left_end.min(right_end);
+        if here == Place::Unknown || here != there {
+            add(&mut found, at..end);
+        }
+        at = end;
+    }
+    found
+}
+
+/// Joins ranges that touch.
+fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
+        _ => ranges.push(range),
+    }
+}
+
+/// What is at an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Zeros,
+    At(u64),
+    Unknown,
+}
+
+/// Goes through the stretches of a map.
+struct Cursor<'a> {
+    stretches: &'a [Stretch],
+}
+
+impl<'a> Cursor<'a> {
+    fn new(stretches: &'a [Stretch]) -> Self {
+        Self { stretches }
+    }
+
+    /// What is at an address, and up to where. Addresses ascend.
+    fn at(&mut self, at: u64, end: u64) -> (Place, u64) {
+        while let Some((first, rest)) = self.stretches.split_first() {
+            if first.range.end > at {
+                if first.range.start > at {
+                    return (Place::Zeros, first.range.start);
+                }
+                let place = first.place.map(|place| Place::At(place + (at - first.range.start)));
+                return (place.unwrap_or(Place::Unknown), first.range.end);
+            }
+            self.stretches = rest;
+        }
+        (Place::Zeros, end)
+    }
+}
+
+#[cfg(test)]
+#[path = "extents_tests.rs"]
+mod tests;
