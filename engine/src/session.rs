@@ -112,29 +112,47 @@ impl Session {
     /// acknowledgement was lost; that snapshot is given. Best effort: an undecided session is aborted by a
     /// collector in the end.
     pub async fn abandon(&mut self) -> Option<SnapshotRecord> {
+        self.give_up().await.ok().flatten()
+    }
+
+    /// Ends a session of a process that died before it knew how the session ended: gives its snapshot if there is one.
+    /// If not, there will never be. `experiment` and `run` are those it was for.
+    pub async fn settle(
+        repo: &Repository,
+        id: SnapshotId,
+        experiment: &Name,
+        run: &Name,
+        ctx: &Context,
+    ) -> Result<Option<SnapshotRecord>> {
+        let entry = Some(Key::catalogue(repo.keys(), experiment, run, id));
+        let (repo, ctx) = (repo.clone(), ctx.clone());
+        Self { repo, id, ctx, pinned: true, entry, puts: 0 }.give_up().await
+    }
+
+    async fn give_up(&mut self) -> Result<Option<SnapshotRecord>> {
         let key = Key::snap(self.id);
         let abort = Decision::Abort { stamp: stamp(&self.ctx) };
-        let body = self.repo.seal(kind::DECISION, &key, &abort).ok()?;
-        let mut committed = None;
-        match publish(self.repo.store(), &key, body).await.ok()? {
+        let body = self.repo.seal(kind::DECISION, &key, &abort)?;
+        let published = publish(self.repo.store(), &key, body).await?;
+        self.unpin().await;
+        match published {
             Published::Ours => {
                 // The catalogue is only for snapshots.
                 if let Some(entry) = &self.entry {
                     let _ = self.repo.store().delete(entry).await;
                 }
+                Ok(None)
             }
-            Published::Theirs(body) => {
-                if let Ok(Decision::Commit { snapshot, .. }) =
-                    self.repo.unseal(kind::DECISION, &key, &body)
-                    // As in `commit`.
-                    && self.repo.graves().await.is_ok_and(|graves| !graves.contains(self.id))
+            Published::Theirs(body) => match self.repo.unseal(kind::DECISION, &key, &body)? {
+                // As in `commit`.
+                Decision::Commit { snapshot, .. }
+                    if !self.repo.graves().await?.contains(self.id) =>
                 {
-                    committed = Some(*snapshot);
+                    Ok(Some(*snapshot))
                 }
-            }
+                _ => Ok(None),
+            },
         }
-        self.unpin().await;
-        committed
     }
 
     /// Once decided, the pin is void.

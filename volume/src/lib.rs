@@ -28,6 +28,7 @@ pub mod pool;
 //! | [`pool`] | the directory that holds a machine's volumes: making it, its room, its recovery |
 pub mod programs;
 //! | [`programs`] | how this crate's processes are started |
+pub mod snapshot;
 mod sys;
 //! | `sys` | ioctls, loop devices, mounts: all `unsafe` code |
 pub mod volume;

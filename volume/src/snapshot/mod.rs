@@ -1,0 +1,26 @@
+//! Snapshots of volumes of a pool: one point in time of one or more of them, and its way to a repository.
+//!
+//! ```text
+//! take     lock -> begin copies -> hook -> sync, freeze -> finish copies -> thaw -> hook -> note the upload -> keep copies
+//! upload   open copies, with the copies before them -> engine -> commit -> copies become bases -> forget the upload
+//! ```
+//!
+//! The application waits between freeze and thaw only. An upload is noted in the pool before its copies are kept, so
+//! that it goes on after a crash, and no copy is left that nobody knows of:
+//!
+//! | crash | what is there | what happens |
+//! |---|---|---|
+//! | before the upload is noted | copies that no volume names | recovery deletes them |
+//! | before all copies are kept | an upload that is not ready | [`discard_unfinished`] deletes its copies, and it |
+//! | while uploading | an upload with the ids of its sessions | the next one ends them first: a snapshot that was committed counts |
+//! | before all copies are bases | an upload that is committed | the next one does the rest |
+
+mod hook;
+mod state;
+mod take;
+mod upload;
+
+pub use hook::Hook;
+pub use state::{Target, UploadState, UploadVolume};
+pub use take::{GroupRequest, Taken, take};
+pub use upload::{Upload, discard_unfinished, pending};

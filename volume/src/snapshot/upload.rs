@@ -1,0 +1,306 @@
+//! Uploading copies that were taken.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use petra_engine::context::Host;
+use petra_engine::record::SnapshotRecord;
+use petra_engine::session::Session;
+use petra_engine::snapshot::{Parent, SnapshotRequest, snapshot};
+use petra_engine::source::Source;
+use petra_engine::{Context, Error as EngineError, Name, Repository, SnapshotId, SnapshotRef};
+
+use super::state::{self as place, Target, UploadState, UploadVolume};
+use crate::copy_source::CopySource;
+use crate::error::{Error, Result};
+use crate::idle::Rate;
+use crate::pool::lock::Lock;
+use crate::pool::{BaseState, Pool, entries, state};
+use crate::volume::Volume;
+
+/// Copies on their way to a repository. No other process works on them while this is there.
+#[derive(Debug)]
+pub struct Upload {
+    pool: Pool,
+    state: UploadState,
+    _lock: Lock,
+}
+
+/// The ids of all uploads of a pool that have not ended, the oldest first. Someone may be working on them.
+pub fn pending(pool: &Pool) -> Result<Vec<SnapshotId>> {
+    let names = entries(&place::directory(pool))?.into_iter();
+    let ids = names.filter_map(|name| name.to_str()?.strip_suffix(".json")?.parse().ok());
+    let mut ids: Vec<SnapshotId> = ids.collect();
+    ids.sort_unstable();
+    Ok(ids)
+}
+
+/// Deletes uploads, with their copies, whose taking ended in a crash. Gives how many.
+pub fn discard_unfinished(pool: &Pool) -> Result<usize> {
+    let mut count = 0;
+    for id in pending(pool)? {
+        match Upload::open_any(pool, id) {
+            Ok(upload) if !upload.state.ready => {
+                upload.give_up()?;
+                count += 1;
+            }
+            // Someone works on it or has just ended it.
+            Ok(_) | Err(Error::Busy { .. } | Error::Unknown { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(count)
+}
+
+impl Upload {
+    pub(super) fn new(pool: &Pool, state: UploadState, lock: Lock) -> Self {
+        Self { pool: pool.clone(), state, _lock: lock }
+    }
+
+    /// Takes an upload to go on with it. Errors: [`Error::Busy`] while someone works on it, [`Error::Unknown`].
+    pub fn open(pool: &Pool, id: SnapshotId) -> Result<Self> {
+        let upload = Self::open_any(pool, id)?;
+        if upload.state.ready { Ok(upload) } else { Err(unknown(pool, "upload", id)) }
+    }
+
+    fn open_any(pool: &Pool, id: SnapshotId) -> Result<Self> {
+        let path = place::path(pool, id);
+        if !path.exists() {
+            return Err(unknown(pool, "upload", id));
+        }
+        let what = format!("upload {id}");
+        let lock = Lock::acquire(&place::lock_path(pool, id), &what, Duration::ZERO)?;
+        match state::read::<UploadState>(&path)? {
+            Some(state) if state.id == id => Ok(Self::new(pool, state, lock)),
+            Some(state) => {
+                let detail = format!("it is that of upload {}", state.id);
+                Err(Error::Damaged { path, detail })
+            }
+            None => {
+                // It ended just now. The lock file was made again.
+                let _ = std::fs::remove_file(place::lock_path(pool, id));
+                Err(unknown(pool, "upload", id))
+            }
+        }
+    }
+
+    /// Its id.
+    pub fn id(&self) -> SnapshotId {
+        self.state.id
+    }
+
+    /// What is noted about it.
+    pub fn state(&self) -> &UploadState {
+        &self.state
+    }
+
+    /// Where it goes.
+    pub fn target(&self) -> &Target {
+        &self.state.target
+    }
+
+    pub(super) fn save(&self) -> Result<()> {
+        state::write(&place::path(&self.pool, self.state.id), &self.state)
+    }
+
+    pub(super) fn set_ready(&mut self) -> Result<()> {
+        self.state.ready = true;
+        self.save()
+    }
+
+    /// Uploads the copies to the repository of its target, makes them the bases of the next snapshots, and gives the
+    /// snapshot. After an error it can be done again, by this or another process.
+    pub async fn run(&mut self, repo: &Repository, ctx: &Context) -> Result<SnapshotRecord> {
+        let mut committed = match self.state.committed {
+            Some(id) => Some(repo.find(&SnapshotRef::Id(id)).await?),
+            None => self.settle(repo, ctx).await?,
+        };
+        if committed.is_none() {
+            committed = Some(self.store(repo, ctx).await?);
+        }
+        let record = committed.ok_or(Error::Internal("an upload without a snapshot"))?;
+        if self.state.committed.is_none() {
+            self.state.committed = Some(record.id);
+            self.save()?;
+        }
+        let (pool, volumes) = (self.pool.clone(), self.state.volumes.clone());
+        let (repository, snapshot) = (repo.config().id, record.id);
+        let done = tokio::task::spawn_blocking(move || {
+            volumes.iter().try_for_each(|v| become_base(&pool, v, repository, snapshot))
+        });
+        done.await.map_err(|_| Error::Internal("work on a pool panicked"))??;
+        self.forget();
+        Ok(record)
+    }
+
+    /// Ends sessions of processes that died: none of them commits from now on. Gives the snapshot of one that has.
+    async fn settle(&mut self, repo: &Repository, ctx: &Context) -> Result<Option<SnapshotRecord>> {
+        let Target { experiment, run, .. } = &self.state.target;
+        for session in &self.state.sessions {
+            let settled = Session::settle(repo, *session, experiment, run, ctx).await?;
+            if settled.is_some() {
+                return Ok(settled);
+            }
+        }
+        self.state.sessions.clear();
+        Ok(None)
+    }
+
+    async fn store(&mut self, repo: &Repository, ctx: &Context) -> Result<SnapshotRecord> {
+        let Target { experiment, run, name, labels, message, metadata, .. } =
+            self.state.target.clone();
+        let (volumes, parent) = self.sources(repo)?;
+        let request = SnapshotRequest {
+            experiment,
+            run,
+            name,
+            labels,
+            message,
+            metadata,
+            parent: parent.map_or(Parent::Auto, Parent::Snapshot),
+            volumes,
+        };
+        let host = Arc::new(NotingHost {
+            host: ctx.host.clone(),
+            path: place::path(&self.pool, self.state.id),
+            state: Mutex::new(self.state.clone()),
+        });
+        let ctx = Context { host: host.clone(), ..ctx.clone() };
+        let taken = match snapshot(repo, request.clone(), &ctx).await {
+            // The parent was purged. What has changed since is not known then.
+            Err(EngineError::Unknown { .. }) if parent.is_some() => {
+                snapshot(repo, SnapshotRequest { parent: Parent::Auto, ..request }, &ctx).await
+            }
+            taken => taken,
+        };
+        self.state = host.state.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Ok(taken?)
+    }
+
+    /// The copies as sources, and the snapshot that they are best compared with.
+    fn sources(
+        &self,
+        repo: &Repository,
+    ) -> Result<(Vec<(Name, Arc<dyn Source>)>, Option<SnapshotId>)> {
+        let rate = self.state.rate_bytes_per_s.map(|rate| Arc::new(Rate::new(rate)));
+        let mut sources: Vec<(Name, Arc<dyn Source>)> =
+            Vec::with_capacity(self.state.volumes.len());
+        let mut parent = None;
+        for part in &self.state.volumes {
+            let Some((volume, state)) = find(&self.pool, part)? else {
+                return Err(unknown(&self.pool, "volume", part.id));
+            };
+            if !state.copies.contains(&part.copy) {
+                return Err(unknown(&self.pool, "copy", part.copy));
+            }
+            let mut source =
+                CopySource::open(&volume.copy_image(part.copy))?.with_rate(rate.clone());
+            // What is known of the past of one volume says nothing about another of the same snapshot.
+            let base = state.base.filter(|base| {
+                base.repository == repo.config().id
+                    && base.volume == part.name
+                    && base.copy != part.copy
+            });
+            if let Some(base) = base {
+                source = source.with_base(&volume.copy_image(base.copy), base.snapshot)?;
+                parent.get_or_insert(base.snapshot);
+            }
+            sources.push((part.name.clone(), Arc::new(source)));
+        }
+        Ok((sources, parent))
+    }
+
+    /// Deletes the copies and forgets the upload, without a snapshot.
+    pub fn give_up(self) -> Result<()> {
+        for part in &self.state.volumes {
+            if let Some((volume, _)) = find(&self.pool, part)? {
+                let mut locked = volume.lock()?;
+                if locked.state().copies.contains(&part.copy) {
+                    locked.delete_copy(part.copy)?;
+                }
+            }
+        }
+        self.forget();
+        Ok(())
+    }
+
+    /// Removes its files.
+    pub(super) fn forget(&self) {
+        // The lock's file last: while it is there, nobody takes the upload for one that can be gone on with.
+        for path in
+            [place::path(&self.pool, self.state.id), place::lock_path(&self.pool, self.state.id)]
+        {
+            if let Err(error) = std::fs::remove_file(&path)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(path = %path.display(), %error, "can't be removed");
+            }
+        }
+    }
+}
+
+/// The volume of a part, if it is still the same.
+fn find(pool: &Pool, part: &UploadVolume) -> Result<Option<(Volume, state::VolumeState)>> {
+    let volume = match pool.volume(&part.volume) {
+        Err(Error::Unknown { .. }) => return Ok(None),
+        volume => volume?,
+    };
+    match volume.state() {
+        Ok(state) if state.id == part.id => Ok(Some((volume, state))),
+        Ok(_) | Err(Error::Unknown { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes a copy that was stored the base of the next snapshot, unless there is a newer one. Can be repeated.
+fn become_base(
+    pool: &Pool,
+    part: &UploadVolume,
+    repository: SnapshotId,
+    snapshot: SnapshotId,
+) -> Result<()> {
+    let Some((volume, _)) = find(pool, part)? else { return Ok(()) };
+    let mut locked = volume.lock()?;
+    let state = locked.state();
+    if state.id != part.id || !state.copies.contains(&part.copy) {
+        return Ok(());
+    }
+    if state.base.as_ref().is_some_and(|base| base.copy > part.copy) {
+        return locked.delete_copy(part.copy);
+    }
+    let (copy, volume) = (part.copy, part.name.clone());
+    locked.set_base(BaseState { copy, repository, snapshot, volume })
+}
+
+fn unknown(pool: &Pool, what: &'static str, id: SnapshotId) -> Error {
+    Error::Unknown { what, name: id.to_string(), within: pool.to_string(), known: vec![] }
+}
+
+/// Notes the ids of sessions before they begin.
+#[derive(Debug)]
+struct NotingHost {
+    host: Arc<dyn Host>,
+    path: std::path::PathBuf,
+    state: Mutex<UploadState>,
+}
+
+impl Host for NotingHost {
+    fn unix_ms(&self) -> u64 {
+        self.host.unix_ms()
+    }
+
+    fn random(&self) -> u128 {
+        self.host.random()
+    }
+
+    fn new_id(&self) -> SnapshotId {
+        let id = self.host.new_id();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.sessions.push(id);
+        if let Err(error) = state::write(&self.path, &*state) {
+            // At worst there are two snapshots after a crash.
+            tracing::warn!(%error, "a session can't be noted");
+        }
+        id
+    }
+}
