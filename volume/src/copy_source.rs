@@ -9,11 +9,12 @@
 //! counts as changed.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::MmapMut;
 use petra_engine::source::{FileSource, Source};
@@ -22,6 +23,7 @@ use rustix::fs::{Advice, OFlags, fadvise};
 
 use crate::error::{Error, Result};
 use crate::extents::{ExtentMap, differing};
+use crate::idle::Rate;
 
 /// What direct I/O is aligned to: a page, which is enough for every device.
 const ALIGN: u64 = 4096;
@@ -37,6 +39,7 @@ pub struct CopySource {
     path: PathBuf,
     direct: bool,
     base: Option<Base>,
+    rate: Option<Arc<Rate>>,
     /// Aligned memory, as much as was ever needed at one time.
     buffers: Mutex<Vec<MmapMut>>,
 }
@@ -64,6 +67,7 @@ impl CopySource {
             path: path.to_owned(),
             direct,
             base: None,
+            rate: None,
             buffers: Mutex::default(),
         })
     }
@@ -75,6 +79,12 @@ impl CopySource {
         let len_bytes = file.metadata().map_err(Error::io("read the size of", path))?.len();
         self.base = Some(Base { file, path: path.to_owned(), len_bytes, snapshot });
         Ok(self)
+    }
+
+    /// Reads no faster than this.
+    #[must_use]
+    pub fn with_rate(self, rate: Option<Arc<Rate>>) -> Self {
+        Self { rate, ..self }
     }
 
     /// The same, read through the page cache even where direct I/O works.
@@ -104,7 +114,7 @@ impl CopySource {
             let place = buffer.get_mut(..want).unwrap_or_default();
             let found = match self.file.read_at(place, start) {
                 Ok(found) => found,
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(self.failure("read")(error)),
             };
             let found = place.get(skip..found).unwrap_or_default();
@@ -134,12 +144,12 @@ impl CopySource {
         Ok(())
     }
 
-    fn failure(&self, action: &'static str) -> impl FnOnce(std::io::Error) -> EngineError {
+    fn failure(&self, action: &'static str) -> impl FnOnce(io::Error) -> EngineError {
         let path = self.path.clone();
         move |cause| EngineError::Io { action, path, cause }
     }
 
-    fn differing(&self, base: &Base, range: &Range<u64>) -> rustix::io::Result<Vec<Range<u64>>> {
+    fn differing(&self, base: &Base, range: &Range<u64>) -> io::Result<Vec<Range<u64>>> {
         let before = ExtentMap::read(&base.file, range.clone())?;
         let copy = ExtentMap::read(&self.file, range.clone())?;
         let after = ExtentMap::read(&base.file, range.clone())?;
@@ -171,6 +181,9 @@ impl Source for CopySource {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> EngineResult<()> {
+        if let Some(rate) = &self.rate {
+            rate.take(buf.len() as u64);
+        }
         if self.direct { self.read_direct(buf, offset) } else { self.read_cached(buf, offset) }
     }
 

@@ -12,54 +12,10 @@
 //! A map is read in windows, so that memory does not depend on how fragmented a file is.
 
 use std::fs::File;
-use std::ops::Range;
+use std::io;
+use std::ops::{ControlFlow, Range};
 
-use rustix::io::{Errno, Result};
-use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
-
-/// Extents asked for at once.
-const BATCH: usize = 256;
-
-/// Write out what is dirty first.
-const FIEMAP_FLAG_SYNC: u32 = 1;
-/// The last extent of the file.
-const EXTENT_LAST: u32 = 0x1;
-/// Allocated, never written: zeros.
-const EXTENT_UNWRITTEN: u32 = 0x800;
-/// Several extents were joined in the answer.
-const EXTENT_MERGED: u32 = 0x1000;
-/// Other files refer to it too.
-const EXTENT_SHARED: u32 = 0x2000;
-/// Flags of an extent whose place can be relied on.
-const PLAIN: u32 = EXTENT_LAST | EXTENT_UNWRITTEN | EXTENT_MERGED | EXTENT_SHARED;
-
-/// `struct fiemap_extent`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-struct Extent {
-    logical: u64,
-    physical: u64,
-    length: u64,
-    reserved64: [u64; 2],
-    flags: u32,
-    reserved: [u32; 3],
-}
-
-/// `struct fiemap`.
-#[repr(C)]
-#[derive(Debug)]
-struct Request {
-    start: u64,
-    length: u64,
-    flags: u32,
-    mapped_extents: u32,
-    extent_count: u32,
-    reserved: u32,
-    extents: [Extent; BATCH],
-}
-
-/// `FS_IOC_FIEMAP`: its number holds the size of the request without extents, 32 bytes.
-const FS_IOC_FIEMAP: Opcode = opcode::read_write::<[u64; 4]>(b'f', 11);
+use crate::sys::fiemap::{self, FiemapExtent, fiemap};
 
 /// Bytes of a file that lie somewhere as one piece.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,51 +34,21 @@ pub struct ExtentMap {
 }
 
 impl ExtentMap {
-    /// Reads the map of a range of a file. Errors: those of the kernel; `EIO` for an answer that makes no sense.
-    pub fn read(file: &File, range: Range<u64>) -> Result<Self> {
+    /// Reads the map of a range of a file. Fails where the kernel does, or gives an answer that makes no sense.
+    pub fn read(file: &File, range: Range<u64>) -> io::Result<Self> {
         let mut map = Self { range: range.clone(), stretches: Vec::new() };
-        let mut request = Request {
-            start: 0,
-            length: 0,
-            flags: 0,
-            mapped_extents: 0,
-            extent_count: BATCH as u32,
-            reserved: 0,
-            extents: [Extent::default(); BATCH],
-        };
-        let mut at = range.start;
-        while at < range.end {
-            request.start = at;
-            request.length = range.end - at;
-            // Dirty pages of the whole range, once.
-            request.flags = if at == range.start { FIEMAP_FLAG_SYNC } else { 0 };
-            request.mapped_extents = 0;
-            // SAFETY: the opcode is that of FIEMAP, which reads and writes a `struct fiemap` followed by as many
-            // extents as it says it has: the layout of `Request`.
-            unsafe { ioctl(file, Updater::<FS_IOC_FIEMAP, Request>::new(&mut request)) }?;
-            let count = request.mapped_extents as usize;
-            let Some(found) = request.extents.get(..count) else { return Err(Errno::IO) };
-            let Some(last) = found.last() else { break };
-            for extent in found {
-                map.add(extent);
-            }
-            let end = last.logical.checked_add(last.length).ok_or(Errno::IO)?;
-            if last.flags & EXTENT_LAST != 0 || end >= range.end {
-                break;
-            }
-            if end <= at {
-                return Err(Errno::IO);
-            }
-            at = end;
-        }
+        fiemap(file, range, fiemap::SYNC, |extent| {
+            map.add(&extent);
+            ControlFlow::Continue(())
+        })?;
         Ok(map)
     }
 
-    fn add(&mut self, extent: &Extent) {
+    fn add(&mut self, extent: &FiemapExtent) {
         let end = extent.logical.saturating_add(extent.length).min(self.range.end);
         let start = extent.logical.max(self.range.start);
-        let is_plain = extent.flags & !PLAIN == 0;
-        if start >= end || is_plain && extent.flags & EXTENT_UNWRITTEN != 0 {
+        let is_plain = extent.is_plain();
+        if start >= end || is_plain && extent.is_unwritten() {
             return;
         }
         let place = extent.physical.checked_add(start - extent.logical).filter(|_| is_plain);

@@ -1,38 +1,41 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::sys::fiemap::flag::{ODD, SHARED, UNKNOWN, UNWRITTEN};
 
-const UNKNOWN: u32 = 2;
 const END: u64 = 60;
 
-fn map(extents: &[Extent]) -> ExtentMap {
+fn map(extents: &[FiemapExtent]) -> ExtentMap {
     let mut map = ExtentMap { range: 0..END, stretches: Vec::new() };
     extents.iter().for_each(|extent| map.add(extent));
     map
 }
 
-fn extent(logical: u64, physical: u64, length: u64, flags: u32) -> Extent {
-    Extent { logical, physical, length, flags, ..Extent::default() }
+fn extent(logical: u64, physical: u64, length: u64, flags: u32) -> FiemapExtent {
+    let mut extent = FiemapExtent::default();
+    (extent.logical, extent.physical) = (logical, physical);
+    (extent.length, extent.flags) = (length, flags);
+    extent
 }
 
 /// What a byte is, said naively.
-fn byte(extents: &[Extent], at: u64) -> Place {
+fn byte(extents: &[FiemapExtent], at: u64) -> Place {
     let extent = extents.iter().find(|e| (e.logical..e.logical + e.length).contains(&at));
     match extent {
         None => Place::Zeros,
-        Some(extent) if extent.flags & !PLAIN != 0 => Place::Unknown,
-        Some(extent) if extent.flags & EXTENT_UNWRITTEN != 0 => Place::Zeros,
+        Some(extent) if extent.flags & ODD != 0 => Place::Unknown,
+        Some(extent) if extent.flags & UNWRITTEN != 0 => Place::Zeros,
         Some(extent) => Place::At(extent.physical + at - extent.logical),
     }
 }
 
-fn any_extents() -> impl Strategy<Value = Vec<Extent>> {
+fn any_extents() -> impl Strategy<Value = Vec<FiemapExtent>> {
     let flags = prop_oneof![
         6 => Just(0),
-        2 => Just(EXTENT_SHARED | EXTENT_MERGED),
-        1 => Just(EXTENT_UNWRITTEN),
+        2 => Just(SHARED),
+        1 => Just(UNWRITTEN),
         1 => Just(UNKNOWN),
-        1 => Just(UNKNOWN | EXTENT_UNWRITTEN),
+        1 => Just(UNKNOWN | UNWRITTEN),
     ];
     prop::collection::vec((0_u64..4, 1_u64..9, 0_u64..3, flags), 0..12).prop_map(|choices| {
         let (mut at, mut extents) = (0, Vec::new());

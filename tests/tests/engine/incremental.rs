@@ -151,11 +151,11 @@ proptest! {
                     changes.push(touched(edit, volume.len()));
                     apply(&mut volume, edit);
                 }
-                let request = match told {
+                let incremental = match told {
                     true => Told::new(&volume, last, changes).request(),
                     false => request("r", &[("v", &volume)]),
                 };
-                let taken = snapshot(&series, request, &ctx).await.unwrap();
+                let taken = snapshot(&series, incremental, &ctx).await.unwrap();
                 last = taken.id;
                 assert!(taken.parent.is_some());
                 let fresh = new_repo().await;
