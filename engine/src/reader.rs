@@ -301,10 +301,7 @@ impl VolumeReader {
                 let error = Arc::new(loss.error);
                 ranges.into_iter().map(move |range| DamagedRange { range, error: error.clone() })
             });
-            Ok(Arc::new(Batch {
-                pieces: std::mem::take(&mut *sink.pieces()),
-                lost: lost.collect(),
-            }))
+            Ok(Arc::new(Batch { pieces: std::mem::take(&mut *sink.pieces()), lost: lost.collect() }))
         };
         run.boxed().shared()
     }

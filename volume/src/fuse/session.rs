@@ -108,8 +108,7 @@ impl Session {
             "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions",
             device.as_raw_fd()
         );
-        let options =
-            CString::new(options).map_err(|_| Error::Internal("a NUL in mount options"))?;
+        let options = CString::new(options).map_err(|_| Error::Internal("a NUL in mount options"))?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
         mount("petra", at, "fuse.petra", flags, options.as_c_str())
             .map_err(Error::io("mount", at))?;

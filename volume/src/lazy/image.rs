@@ -68,10 +68,6 @@ impl LocalImage {
         Ok(Self { file, path, len_bytes, direct, presence, locks, broken })
     }
 
-    pub(super) fn len_bytes(&self) -> u64 {
-        self.len_bytes
-    }
-
     pub(super) fn presence(&self) -> &Presence {
         &self.presence
     }

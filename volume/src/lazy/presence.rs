@@ -157,11 +157,7 @@ impl VolumeIdentity {
             return Err(damaged("it is no presence map of a lazy image".to_owned()));
         }
         if version > VERSION {
-            return Err(Error::Version {
-                path: path.to_owned(),
-                found: version,
-                supported: VERSION,
-            });
+            return Err(Error::Version { path: path.to_owned(), found: version, supported: VERSION });
         }
         let boot = BootId(boot);
         let own = self.header(magic, boot);
@@ -389,6 +385,9 @@ impl<M: Medium> Presence<M> {
         medium.read(&mut header, 0).map_err(Error::io("read", path))?;
         identity.check(&header, DURABLE_MAGIC, path)?;
         let pages = identity.pages();
+        // A server that was killed while it synced may have written slots that are not on the disk yet. What is read
+        // below counts as durable, so it has to be.
+        medium.sync().map_err(Error::io("sync", path))?;
         let mut durable = Durable { medium, identity, pairs: vec![Pair::default(); pages + 1] };
 
         let (bits, opened_in) = read_slots(&mut durable, path)?;
@@ -540,8 +539,9 @@ impl<M: Medium> Presence<M> {
             let written = pages
                 .iter()
                 .try_for_each(|(page, words)| durable.write(page + 1, words.iter().copied()));
-            let synced = written
-                .and_then(|()| if pages.is_empty() { Ok(()) } else { durable.medium.sync() });
+            let synced = written.and_then(|()| {
+                if pages.is_empty() { Ok(()) } else { durable.medium.sync() }
+            });
             synced.map_err(Error::io("write", &self.path))
         });
         for (page, _) in &pages {
@@ -618,7 +618,8 @@ fn create_working(
     new.push(".new");
     let new = PathBuf::from(new);
     let mut options = OpenOptions::new();
-    let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&new);
+    let file =
+        options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&new);
     let file = file.map_err(Error::io("create", &new))?;
     let len = (SLOT + 8 * identity.words()) as u64;
     // All of it at once: a tmpfs that is full later would answer a set bit with a signal.

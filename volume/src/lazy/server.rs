@@ -155,9 +155,12 @@ impl Server {
         let begun = Instant::now();
         let boot = BootId::current()?;
         let presence = loop {
-            let opened = Presence::open(&options.presence, &options.working, options.volume, boot);
+            let opened =
+                Presence::open(&options.presence, &options.working, options.volume, boot);
             match opened {
-                Err(Error::Busy { .. }) if inherited.is_some() && begun.elapsed() < PREDECESSOR => {
+                Err(Error::Busy { .. })
+                    if inherited.is_some() && begun.elapsed() < PREDECESSOR =>
+                {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 opened => break opened?,
@@ -205,9 +208,7 @@ impl Server {
             threads.push(spawn("fuse", move || session.serve(&*inner))?);
         }
         for thread in threads {
-            thread
-                .join()
-                .map_err(|_| Error::Internal("a thread of the image server panicked"))??;
+            thread.join().map_err(|_| Error::Internal("a thread of the image server panicked"))??;
         }
         self.inner.ending.store(true, Ordering::Relaxed);
         let closed = self.inner.image.close();

@@ -51,8 +51,7 @@ impl<T> Waits<T> {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for number in windows(blocks) {
             let known = self.windows.get(&number);
-            if known.is_some_and(|window| window.urgent || !urgent) || !is_absent(blocks_of(number))
-            {
+            if known.is_some_and(|window| window.urgent || !urgent) || !is_absent(blocks_of(number)) {
                 continue;
             }
             let window = self.windows.entry(number);
