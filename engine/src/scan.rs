@@ -67,7 +67,21 @@ impl From<Error> for Stop {
 }
 
 /// Takes the pieces.
-type Take<'a> = dyn FnMut(Piece<'_>) -> Result<(), Stop> + 'a;
+pub(crate) trait Receiver {
+    /// Takes the next piece.
+    fn take(&mut self, piece: Piece<'_>) -> Result<(), Stop>;
+
+    /// The length of the next piece, which is a chunk at the beginning of `data`, where that is known without cutting.
+    fn known_cut(&mut self, _data: &[u8]) -> Option<usize> {
+        None
+    }
+}
+
+impl<F: FnMut(Piece<'_>) -> Result<(), Stop>> Receiver for F {
+    fn take(&mut self, piece: Piece<'_>) -> Result<(), Stop> {
+        self(piece)
+    }
+}
 
 /// Scans segments. Holds the window, so that workers reuse its memory.
 #[derive(Debug)]
@@ -104,19 +118,28 @@ impl Scanner {
         sink: &mut dyn FnMut(Piece<'_>) -> Result<()>,
     ) -> Result<()> {
         debug_assert!(start.is_multiple_of(SEGMENT_BYTES) && len <= SEGMENT_BYTES);
-        let range = start..start + len;
-        let part = Part { range, begins_with_data: false, step: &|_| WINDOW_BYTES, at_once: false };
-        self.scan_part(source, &part, &mut |piece| Ok(sink(piece)?))
+        self.scan_knowing(source, start..start + len, &mut |piece: Piece<'_>| Ok(sink(piece)?))
     }
 
-    /// Calls `take` for every piece from a boundary on, until it has enough or the segment ends.
+    /// The same for a receiver that may know where chunks end.
+    pub(crate) fn scan_knowing(
+        &mut self,
+        source: &dyn Source,
+        range: Range<u64>,
+        to: &mut dyn Receiver,
+    ) -> Result<()> {
+        let part = Part { range, begins_with_data: false, step: &|_| WINDOW_BYTES, at_once: false };
+        self.scan_part(source, &part, to)
+    }
+
+    /// Gives every piece to `to` from a boundary on, until it has enough or the segment ends.
     pub(crate) fn scan_part(
         &mut self,
         source: &dyn Source,
         part: &Part<'_>,
-        take: &mut Take<'_>,
+        to: &mut dyn Receiver,
     ) -> Result<()> {
-        match self.pieces(source, part, take) {
+        match self.pieces(source, part, to) {
             Ok(()) | Err(Stop::Enough) => Ok(()),
             Err(Stop::Failed(error)) => Err(error),
         }
@@ -126,7 +149,7 @@ impl Scanner {
         &mut self,
         source: &dyn Source,
         part: &Part<'_>,
-        take: &mut Take<'_>,
+        to: &mut dyn Receiver,
     ) -> Result<(), Stop> {
         let Range { start: mut at, end: segment_end } = part.range;
         let mut run = Run { open: part.begins_with_data, ..Run::default() };
@@ -142,7 +165,7 @@ impl Scanner {
             // Whole blocks only: a hole that ends within a block is read with it.
             let data_start = data.as_ref().map_or(segment_end, |d| round_down(d.start).max(at));
             let data_end = data.map_or(segment_end, |d| round_up(d.end).min(segment_end));
-            self.zeros(&mut run, (data_start - at) as usize, take)?;
+            self.zeros(&mut run, (data_start - at) as usize, to)?;
             at = data_start;
             while at < data_end {
                 let step = (part.step)(at);
@@ -151,21 +174,21 @@ impl Scanner {
                 if !part.at_once {
                     source.will_read(at..(at + 4 * step as u64).min(data_end));
                 }
-                self.window(&mut run, source, at, want, part.at_once, take)?;
+                self.window(&mut run, source, at, want, part.at_once, to)?;
                 at += want as u64;
             }
         }
-        self.close(&mut run, take)?;
-        emit_zeros(&mut run, take)
+        self.close(&mut run, to)?;
+        emit_zeros(&mut run, to)
     }
 
     /// Takes `len` bytes of zeros that need not be read.
-    fn zeros(&mut self, run: &mut Run, len: usize, take: &mut Take<'_>) -> Result<(), Stop> {
+    fn zeros(&mut self, run: &mut Run, len: usize, to: &mut dyn Receiver) -> Result<(), Stop> {
         if run.open && run.zeros + len < ZERO_RUN_BYTES {
             let at = run.end + run.zeros;
             self.buf.get_mut(at..at + len).unwrap_or_default().fill(0);
         } else {
-            self.close(run, take)?;
+            self.close(run, to)?;
         }
         run.zeros += len;
         Ok(())
@@ -179,7 +202,7 @@ impl Scanner {
         at: u64,
         len: usize,
         at_once: bool,
-        take: &mut Take<'_>,
+        to: &mut dyn Receiver,
     ) -> Result<(), Stop> {
         let base = if run.open { run.end + run.zeros } else { 0 };
         let window = self.buf.get_mut(base..base + len).unwrap_or_default();
@@ -192,11 +215,11 @@ impl Scanner {
             if is_zero {
                 run.zeros += block_len;
                 if run.open && run.zeros >= ZERO_RUN_BYTES {
-                    self.close(run, take)?;
+                    self.close(run, to)?;
                 }
             } else {
                 if !run.open {
-                    emit_zeros(run, take)?;
+                    emit_zeros(run, to)?;
                     (run.open, run.start) = (true, offset);
                 }
                 (run.end, run.zeros) = (offset + block_len, 0);
@@ -204,7 +227,7 @@ impl Scanner {
             offset += block_len;
         }
         if run.open {
-            self.cut(run, false, at_once, take)?;
+            self.cut(run, false, at_once, to)?;
             // Make room at the end of the buffer.
             let live = run.start..run.end + run.zeros;
             self.buf.copy_within(live.clone(), 0);
@@ -214,9 +237,9 @@ impl Scanner {
     }
 
     /// Ends the run of data, if there is one.
-    fn close(&mut self, run: &mut Run, take: &mut Take<'_>) -> Result<(), Stop> {
+    fn close(&mut self, run: &mut Run, to: &mut dyn Receiver) -> Result<(), Stop> {
         if run.open {
-            self.cut(run, true, false, take)?;
+            self.cut(run, true, false, to)?;
             run.open = false;
         }
         Ok(())
@@ -228,26 +251,27 @@ impl Scanner {
         run: &mut Run,
         ended: bool,
         at_once: bool,
-        take: &mut Take<'_>,
+        to: &mut dyn Receiver,
     ) -> Result<(), Stop> {
         let least = if ended || at_once { 1 } else { self.max_chunk };
         while run.end - run.start >= least {
             let data = self.buf.get(run.start..run.end).unwrap_or_default();
-            let len = self.cutter.first(data);
+            let known = to.known_cut(data);
+            let len = known.unwrap_or_else(|| self.cutter.first(data));
             // A cut within the data stays where it is whatever follows; one at its end may not.
             if len == data.len() && !ended && len < self.max_chunk {
                 break;
             }
-            take(Piece::Chunk(data.get(..len).unwrap_or_default()))?;
+            to.take(Piece::Chunk(data.get(..len).unwrap_or_default()))?;
             run.start += len;
         }
         Ok(())
     }
 }
 
-fn emit_zeros(run: &mut Run, take: &mut Take<'_>) -> Result<(), Stop> {
+fn emit_zeros(run: &mut Run, to: &mut dyn Receiver) -> Result<(), Stop> {
     let zeros = std::mem::take(&mut run.zeros);
-    if zeros > 0 { take(Piece::Zero(zeros as u32)) } else { Ok(()) }
+    if zeros > 0 { to.take(Piece::Zero(zeros as u32)) } else { Ok(()) }
 }
 
 pub(crate) fn round_down(offset: u64) -> u64 {

@@ -27,14 +27,17 @@
 
 use std::ops::Range;
 
+use crate::crypto::Keys;
 use crate::error::Result;
 use crate::format::leaf::Extent;
 use crate::format::{BLOCK_BYTES, ZERO_RUN_BYTES};
-use crate::scan::{Part, Piece, Scanner, Stop, WINDOW_BYTES, round_down, round_up};
+use crate::scan::{Part, Piece, Receiver, Scanner, Stop, WINDOW_BYTES, round_down, round_up};
 use crate::source::Source;
 
 /// What must be unchanged behind an extent: a run of zeros, and a block for the two bytes that a cut looks at.
 const AHEAD_BYTES: u64 = (ZERO_RUN_BYTES + BLOCK_BYTES) as u64;
+/// Bytes behind a cut within which it shows.
+const SEEN_BYTES: usize = 2;
 /// Bytes read at once where the old and the new pieces are expected to meet: about two chunks.
 const STEP_BYTES: u64 = 32 << 10;
 
@@ -134,7 +137,7 @@ pub(crate) fn splice(
             step: &|at| changes.step(at),
             at_once: true,
         };
-        scanner.scan_part(&source, &part, &mut |piece| {
+        scanner.scan_part(&source, &part, &mut |piece: Piece<'_>| {
             sink(Spliced::Scanned(piece))?;
             at += piece.len_bytes();
             old.seek(at);
@@ -142,6 +145,59 @@ pub(crate) fn splice(
         })?;
     }
     Ok(())
+}
+
+/// Calls `sink` for every piece of a segment, which was `before` in the parent, and of which all bytes are read. Where
+/// the bytes of an old chunk are still in its place it is the next piece, and no cut is looked for.
+///
+/// That holds for a chunk behind which another one followed: it was cut within the data, and the same bytes are cut
+/// there again, as long as the two bytes are there that show it ([`Cutter::first`](crate::chunker::Cutter::first)).
+pub(crate) fn compare(
+    scanner: &mut Scanner,
+    source: &dyn Source,
+    segment: Range<u64>,
+    before: &[Extent],
+    keys: &Keys,
+    sink: &mut dyn FnMut(Spliced<'_>) -> Result<()>,
+) -> Result<()> {
+    let changes = Changes { ranges: vec![] };
+    let at = segment.start;
+    let old = Old { segment: &segment, changes: &changes, extents: before, at };
+    let mut comparison = Comparison { old, keys, at, same: None, sink };
+    scanner.scan_knowing(source, segment.clone(), &mut comparison)
+}
+
+/// Receives the pieces of a segment that is compared with what it was.
+struct Comparison<'a> {
+    old: Old<'a>,
+    keys: &'a Keys,
+    /// Where the next piece begins.
+    at: u64,
+    /// The next piece, if it is an old one.
+    same: Option<Extent>,
+    sink: &'a mut dyn FnMut(Spliced<'_>) -> Result<()>,
+}
+
+impl Receiver for Comparison<'_> {
+    fn take(&mut self, piece: Piece<'_>) -> Result<(), Stop> {
+        self.at += piece.len_bytes();
+        let spliced = self.same.take().map_or(Spliced::Scanned(piece), Spliced::Kept);
+        Ok((self.sink)(spliced)?)
+    }
+
+    fn known_cut(&mut self, data: &[u8]) -> Option<usize> {
+        self.old.seek(self.at);
+        let [old @ Extent::Chunk(chunk), Extent::Chunk(_), ..] = self.old.extents else {
+            return None;
+        };
+        let len = chunk.len as usize;
+        if self.old.at != self.at || data.len() < len + SEEN_BYTES {
+            return None;
+        }
+        let is_same = self.keys.chunk_id(data.get(..len)?) == chunk.id;
+        self.same = is_same.then_some(*old);
+        is_same.then_some(len)
+    }
 }
 
 /// The extents of the parent's leaf from an address on.

@@ -119,13 +119,13 @@ impl VolumeJob {
             volume,
             segment,
             before: self.before.get(segment).copied().unwrap_or(Child::Zero),
-            method: Method::Scan,
+            method: Method::Scan(None),
         })
     }
 
     /// The parent's leaf of a segment is damaged, or refers to what is: nothing of it is used as a whole.
     fn distrust(&self, job: &mut Job) {
-        (job.before, job.method) = (Child::Zero, Method::Scan);
+        (job.before, job.method) = (Child::Zero, Method::Scan(None));
         self.distrusted.store(true, Ordering::Relaxed);
     }
 
@@ -155,7 +155,6 @@ impl VolumeJob {
                 job.method = Method::from_changes(None, changes);
                 return Ok(job);
             }
-            Child::Block(_) if !is_new && changes.is_none() => return Ok(job),
             Child::Block(block) => block,
         };
         let range = tree::segment_range(self.before_len, job.segment);

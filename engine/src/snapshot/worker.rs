@@ -18,7 +18,7 @@ use crate::index::{ChunkLocation, DedupIndex};
 use crate::progress::Event;
 use crate::scan::{Piece, Scanner};
 use crate::source::Source;
-use crate::splice::{Changes, Spliced, splice};
+use crate::splice::{Changes, Spliced, compare, splice};
 use crate::tree;
 
 /// How often progress is reported.
@@ -42,8 +42,8 @@ pub struct Done {
 /// How the leaf of a segment is made.
 #[derive(Debug)]
 pub enum Method {
-    /// From all of its bytes.
-    Scan,
+    /// From all of its bytes, which may be those of the parent's leaf.
+    Scan(Option<Leaf>),
     /// It is the parent's, whose bytes that are not zeros number so many.
     Keep(u64),
     /// From the parent's leaf, or zeros where it had none, and the bytes around the changes.
@@ -59,7 +59,7 @@ impl Method {
     /// The method where the parent's leaf is `leaf`, or zeros where there is none.
     pub fn from_changes(leaf: Option<Leaf>, changes: Option<Changes>) -> Self {
         match changes {
-            None => Self::Scan,
+            None => Self::Scan(leaf),
             Some(changes) if changes.is_empty() => {
                 Self::Keep(leaf.as_ref().map_or(0, Leaf::data_bytes))
             }
@@ -120,13 +120,25 @@ impl<'a> Worker<'a> {
                     Spliced::Scanned(piece) => assembler.piece(piece),
                 })?;
             }
-            Method::Scan => match source.extents(range.clone())? {
-                Some(extents) => assembler.known(source, range.start, extents)?,
-                None => {
-                    let len = range.end - range.start;
-                    scanner.scan(source, range.start, len, &mut |piece| assembler.piece(piece))?;
+            Method::Scan(leaf) => {
+                match (source.extents(range.clone())?, leaf) {
+                    (Some(extents), _) => assembler.known(source, range.start, extents)?,
+                    (None, Some(leaf)) => {
+                        let (keys, frames) = (assembler.keys, &leaf.frames);
+                        compare(scanner, source, range, &leaf.extents, keys, &mut |piece| {
+                            match piece {
+                                Spliced::Kept(extent) => assembler.kept(extent, frames),
+                                Spliced::Scanned(piece) => assembler.piece(piece),
+                            }
+                        })?;
+                    }
+                    (None, None) => {
+                        let len = range.end - range.start;
+                        scanner
+                            .scan(source, range.start, len, &mut |piece| assembler.piece(piece))?;
+                    }
                 }
-            },
+            }
         }
         assembler.end(before)
     }
