@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use petra_engine::{Error, ErrorKind, PetraUrl};
 use serde::Serialize;
 
-use crate::hints;
+use crate::{hints, volume_hints};
 
 /// The exit codes of `petra`. They are part of its interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -109,6 +109,22 @@ impl Failure {
             source = cause.source();
         }
         Self { exit: Exit::of(error), message, causes, hint: hints::hint(error, at) }
+    }
+}
+
+impl From<petra_volume::Error> for Failure {
+    fn from(error: petra_volume::Error) -> Self {
+        let exit = match error {
+            petra_volume::Error::Engine(error) => return error.into(),
+            petra_volume::Error::Internal(_) => Exit::Internal,
+            _ => match error.kind() {
+                ErrorKind::Retry => Exit::Retry,
+                ErrorKind::Fix => Exit::Fix,
+                ErrorKind::Stop => Exit::Stop,
+                ErrorKind::Cancelled => Exit::Cancelled,
+            },
+        };
+        Self { hint: volume_hints::hint(&error), ..Self::new(exit, error.to_string()) }
     }
 }
 

@@ -161,7 +161,7 @@ fn around(what: &str, item: &Item) -> (&'static str, Item) {
 }
 
 /// The names nearest to what was typed: at most three, near first, none that only shares a few letters.
-fn nearest(name: &str, known: &[String]) -> Vec<String> {
+pub fn nearest(name: &str, known: &[String]) -> Vec<String> {
     let typed = name.to_lowercase();
     let limit = (typed.chars().count() / 3).clamp(1, 4);
     let mut near: Vec<(usize, &String)> = known
@@ -227,7 +227,8 @@ fn store(error: &StoreError, at: Option<&PetraUrl>) -> Option<String> {
     Some(text.to_owned())
 }
 
-fn local(cause: &io::Error) -> Option<String> {
+/// The next step after an error of the local machine.
+pub fn local(cause: &io::Error) -> Option<String> {
     let text = match cause.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
             "check the path; the directory must exist"

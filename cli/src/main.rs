@@ -7,7 +7,7 @@
 //! | [`session`] | what all commands share: output, cancellation, opening a repository |
 //! | [`location`], [`lookup`] | from a URL or path as typed to a snapshot, or an error that says what is near |
 //! | [`secrets`] | passphrases and key files: from options, the environment or a prompt |
-//! | [`failure`], [`hints`] | exit codes, and what to do next about each error |
+//! | [`failure`], [`hints`], [`volume_hints`] | exit codes, and what to do next about each error |
 //! | [`output`], [`text`], [`view`] | the only place that prints; tables and numbers for people; JSON shapes |
 //! | [`progress`], [`interrupt`] | what happens on a terminal while the engine works |
 //!
@@ -27,6 +27,7 @@ mod secrets;
 mod session;
 mod text;
 mod view;
+mod volume_hints;
 
 use std::process::ExitCode;
 use std::time::Duration;

@@ -22,6 +22,34 @@ pub fn bytes(n: u64) -> String {
     format!("{value:.1} {name}")
 }
 
+/// Reads a number of bytes as typed: `10G`, `1.5 GiB`, `4096`. Units are binary.
+pub fn size(text: &str) -> Result<u64, String> {
+    let refuse = || format!("{text:?} is no size: write a number with K, M, G, T or P behind it");
+    let trimmed = text.trim();
+    let end = trimmed.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(trimmed.len());
+    let (number, unit) = trimmed.split_at(end);
+    let unit: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "t" | "tib" => 1 << 40,
+        "p" | "pib" => 1 << 50,
+        _ => return Err(refuse()),
+    };
+    // In whole numbers, so that nothing is rounded.
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let whole: u64 = whole.parse().map_err(|_| refuse())?;
+    let mut bytes = u128::from(whole) * u128::from(unit);
+    if !fraction.is_empty() {
+        let digits = u32::try_from(fraction.len()).ok().filter(|digits| *digits <= 9);
+        let scale = 10u128.pow(digits.ok_or_else(refuse)?);
+        let parts: u64 = fraction.parse().map_err(|_| refuse())?;
+        bytes += u128::from(parts) * u128::from(unit) / scale;
+    }
+    u64::try_from(bytes).map_err(|_| refuse())
+}
+
 /// A time span: `0.42 s`, `3 min 5 s`, `2 h 10 min`.
 pub fn duration_ms(ms: u64) -> String {
     let s = ms / 1000;
@@ -175,6 +203,18 @@ mod tests {
         assert_eq!(shown, ["0.00 s", "1.42 s", "11 s", "3 min 5 s", "2 h 10 min"]);
         assert_eq!((ratio(5, 2).as_str(), ratio(5, 0).as_str()), ("2.5x", "-"));
         assert_eq!((count(1u64, "run"), count(0u64, "run")), ("1 run".into(), "0 runs".into()));
+    }
+
+    #[test]
+    fn sizes_as_typed() {
+        let read = |text| size(text).ok();
+        assert_eq!(read("4096"), Some(4096));
+        assert_eq!(read("10G"), Some(10 << 30));
+        assert_eq!(read("1.5 GiB"), Some(3 << 29));
+        assert_eq!(read("2t"), Some(2 << 40));
+        for wrong in ["", "G", "-1G", "1X", "1..5G", "99999999P", "1.5.5G", "1 G B"] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

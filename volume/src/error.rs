@@ -160,6 +160,11 @@ impl Error {
         }
     }
 
+    /// True when a file could not be written for want of room.
+    pub(crate) fn is_full(&self) -> bool {
+        matches!(self, Self::Io { cause, .. } if cause.kind() == io::ErrorKind::StorageFull)
+    }
+
     /// Turns the system's answer to `action` on `path` into an error.
     pub fn io<E: Into<io::Error>>(
         action: &'static str,

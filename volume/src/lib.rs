@@ -8,6 +8,7 @@
 //! | [`clones`] | volumes made from snapshots of a repository |
 //! | [`copy_source`] | reading a copy for a snapshot: past the page cache, and only what has changed |
 //! | [`device`] | whether a device or image is mounted, attached or otherwise in use |
+//! | [`doctor`] | what this machine's kernel and tools can do |
 //! | [`error`] | what can go wrong |
 //! | [`extents`] | where a file's bytes lie, and what two files have in common |
 //! | [`freeze`] | holding file systems still, and thawing them whatever dies |
@@ -25,6 +26,7 @@ pub mod backend;
 pub mod clones;
 pub mod copy_source;
 pub mod device;
+pub mod doctor;
 pub mod error;
 pub mod extents;
 pub mod freeze;

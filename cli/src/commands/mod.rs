@@ -3,6 +3,7 @@
 mod copy;
 mod demo;
 mod diff;
+mod doctor;
 mod du;
 mod gc;
 mod info;
@@ -11,6 +12,7 @@ mod key;
 mod ls;
 mod manual;
 mod policy;
+mod pool;
 mod prune;
 mod repair;
 mod restore;
@@ -18,6 +20,7 @@ mod rm;
 mod snapshot;
 mod undelete;
 mod verify;
+mod volume;
 
 use clap::Subcommand;
 
@@ -59,6 +62,12 @@ pub enum Command {
     Copy(copy::Copy),
     /// Repair what can be repaired, and tell what is lost
     Repair(repair::Repair),
+    /// Make and look after pools, which hold the live volumes of a machine
+    Pool(pool::Pool),
+    /// Make, attach, mount, grow and delete live volumes
+    Volume(volume::Volume),
+    /// Show what this machine's kernel and tools can do for live volumes
+    Doctor(doctor::Doctor),
     /// Show it all on a small volume in a temporary directory
     Demo(demo::Demo),
     /// Print a completion script for a shell
@@ -87,6 +96,9 @@ impl Command {
             Self::Key(command) => command.run(session).await,
             Self::Copy(command) => command.run(session).await,
             Self::Repair(command) => command.run(session).await,
+            Self::Pool(command) => command.run(session),
+            Self::Volume(command) => command.run(session),
+            Self::Doctor(command) => command.run(session),
             Self::Demo(command) => command.run(session).await,
             Self::Completions(command) => command.run(session),
             Self::Man(command) => command.run(session),

@@ -7,30 +7,29 @@ use std::sync::Arc;
 
 use petra_engine::SnapshotId;
 use petra_engine::context::SystemHost;
+use petra_tests::loop_device::LoopDevice;
 use petra_tests::pool::{TestPool, can_have_pools, hash, loop_devices_below, volume_name};
-use petra_volume::pool::{
-    BaseState, Content, CreateRequest, Filesystem, InitRequest, Place, Recovered,
-};
+use petra_volume::pool::{Content, CreateRequest, Filesystem, InitRequest, Place};
 use petra_volume::{BackendKind, Error, LockedVolume, Pool, Volume};
 
-const MIB: u64 = 1 << 20;
-const BACKENDS: [BackendKind; 2] = [BackendKind::Btrfs, BackendKind::Xfs];
+pub const MIB: u64 = 1 << 20;
+pub const BACKENDS: [BackendKind; 2] = [BackendKind::Btrfs, BackendKind::Xfs];
 
-fn write(path: &Path, bytes: &[u8]) {
+pub fn write(path: &Path, bytes: &[u8]) {
     let mut file = fs::File::create(path).unwrap();
     file.write_all(bytes).unwrap();
     file.sync_all().unwrap();
 }
 
 /// A copy of a locked volume that stays.
-fn copy(locked: &mut LockedVolume) -> SnapshotId {
+pub fn copy(locked: &mut LockedVolume) -> SnapshotId {
     let mut copy = locked.begin_copy().unwrap();
     copy.finish(false).unwrap();
     locked.keep_copy(copy, |_| {}).unwrap()
 }
 
 /// A volume with what a copy of another one holds.
-fn clone(lab: &TestPool, of: &Volume, copy: SnapshotId, name: &str) -> Volume {
+pub fn clone(lab: &TestPool, of: &Volume, copy: SnapshotId, name: &str) -> Volume {
     let state = of.state().unwrap();
     let content = Content::CopyOf(of.copy(copy));
     let request = CreateRequest::new(volume_name(name), state.size_bytes, state.filesystem);
@@ -114,5 +113,209 @@ fn a_volume_lives() {
             }
             assert_eq!(loop_devices_below(lab.pool.root()), [Path::new(""); 0]);
         }
+    }
+}
+
+fn init(place: Place) -> Result<Pool, Error> {
+    Pool::init(&InitRequest::new(place), Arc::new(SystemHost)).map(|made| made.pool)
+}
+
+#[test]
+fn pools_are_not_made_over_anything() {
+    if !can_have_pools() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let said = |result: Result<Pool, Error>| result.unwrap_err().to_string();
+
+    fs::create_dir_all(path("full/some")).unwrap();
+    let error = said(init(Place::Directory(path("full"))));
+    assert!(error.contains("not empty: it holds some"), "{error}");
+    let error = said(init(Place::Directory("/dev/shm/petra-no-pool".into())));
+    fs::remove_dir("/dev/shm/petra-no-pool").unwrap();
+    assert!(error.contains("needs btrfs, or XFS with reflink"), "{error}");
+    assert!(error.contains("tmpfs"), "{error}");
+
+    write(&path("there.img"), b"someone's");
+    let file =
+        |name: &str, size_bytes| Place::File { file: path(name), size_bytes, at: path("at") };
+    let error = said(init(file("there.img", 1 << 30)));
+    assert!(error.contains("create") && error.contains("exists"), "{error}");
+    assert_eq!(fs::read(path("there.img")).unwrap(), b"someone's");
+    let error = said(init(file("new.img", 1 << 20)));
+    assert!(error.contains("at least"), "{error}");
+
+    for (offset, what) in [(0, "byte 0"), ((1 << 30) - 5, "at byte 1073741819")] {
+        let made = LoopDevice::attach(|image| {
+            let image = fs::File::create(image).unwrap();
+            image.set_len(1 << 30).unwrap();
+            std::os::unix::fs::FileExt::write_all_at(&image, b"x", offset).unwrap();
+        });
+        let Some(device) = made else { return };
+        let before = hash(device.path());
+        let place = Place::Device { device: device.path().into(), at: path("at") };
+        let error = said(init(place));
+        assert!(error.contains("in use: it holds data") && error.contains(what), "{error}");
+        assert_eq!(hash(device.path()), before);
+    }
+    let made = LoopDevice::attach(|image| {
+        fs::File::create(image).unwrap().set_len(1 << 30).unwrap();
+        let done = std::process::Command::new("mkfs.ext4").arg("-q").arg(image).status();
+        assert!(done.unwrap().success());
+    });
+    let Some(device) = made else { return };
+    let error = said(init(Place::Device { device: device.path().into(), at: path("at") }));
+    assert!(error.contains("it holds ext4"), "{error}");
+    assert!(Pool::open(&path("full"), Arc::new(SystemHost)).is_err());
+}
+
+#[test]
+fn pools_on_a_device_and_in_a_directory() {
+    let made = LoopDevice::attach(|image| {
+        fs::File::create(image).unwrap().set_len(1 << 30).unwrap();
+    });
+    let Some(device) = made else { return };
+    if !can_have_pools() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    struct Unmounted<'a>(&'a Path);
+    impl Drop for Unmounted<'_> {
+        fn drop(&mut self) {
+            petra_tests::pool::take_apart(self.0);
+        }
+    }
+    let _guard = Unmounted(dir.path());
+    let at = dir.path().join("at");
+    let pool = init(Place::Device { device: device.path().into(), at: at.clone() }).unwrap();
+    assert_eq!(pool.state().backend, BackendKind::Btrfs);
+    let again = init(Place::Directory(at.clone())).unwrap_err();
+    assert!(matches!(again, Error::Exists { what: "pool", .. }), "{again}");
+    let device_again = Place::Device { device: device.path().into(), at: dir.path().join("b") };
+    let error = init(device_again).unwrap_err();
+    assert!(matches!(error, Error::InUse { .. }), "{error}");
+
+    // A directory of a file system that is mounted already.
+    let second = init(Place::Directory(at.join("second"))).unwrap();
+    let request = CreateRequest::new(volume_name("v"), MIB, Filesystem::Raw);
+    second.create(request).unwrap();
+    let mut wrong = InitRequest::new(Place::Directory(at.join("third")));
+    wrong.filesystem = Some(BackendKind::Xfs);
+    let error = Pool::init(&wrong, Arc::new(SystemHost)).unwrap_err();
+    assert!(error.to_string().contains("it is btrfs, and xfs was asked for"), "{error}");
+}
+
+#[test]
+fn requests_that_make_no_sense() {
+    let Some(lab) = TestPool::new(BackendKind::Btrfs) else { return };
+    let volume = lab.create("v", 16 * MIB, Filesystem::Ext4);
+    let said = |size_bytes, filesystem, sector_bytes| {
+        let request = CreateRequest::new(volume_name("w"), size_bytes, filesystem);
+        let request = CreateRequest { sector_bytes, ..request };
+        lab.pool.create(request).unwrap_err().to_string()
+    };
+    for (error, expected) in [
+        (said(MIB - 4096, Filesystem::Raw, 4096), "at least 1048576 bytes"),
+        (said(128 * MIB, Filesystem::Xfs, 4096), "at least 314572800 bytes"),
+        (said(MIB + 512, Filesystem::Raw, 4096), "a multiple of 4096"),
+        (said(MIB + 1, Filesystem::Raw, 512), "a multiple of 512"),
+        (said(MIB, Filesystem::Raw, 1024), "512 or 4096"),
+        (said(u64::MAX - 4095, Filesystem::Raw, 4096), "at most"),
+    ] {
+        assert!(error.contains(expected), "{error}");
+    }
+    let request = CreateRequest::new(volume_name("v"), 16 * MIB, Filesystem::Raw);
+    let error = lab.pool.create(request).unwrap_err();
+    assert_eq!(error.to_string(), format!("volume \"v\" exists already in {}", lab.pool));
+
+    let mut locked = volume.lock().unwrap();
+    let error = locked.grow(8 * MIB).unwrap_err();
+    assert!(error.to_string().contains("volumes don't shrink"), "{error}");
+    locked.attach(true).unwrap();
+    let error = locked.attach(false).unwrap_err();
+    assert!(error.to_string().contains("attached read-only to /dev/loop"), "{error}");
+    let error = locked.delete(true).unwrap_err();
+    assert!(matches!(error, Error::InUse { .. }), "{error}");
+    let mut locked = volume.lock().unwrap();
+    locked.mount(&lab.path("at"), true).unwrap();
+    assert!(fs::write(lab.path("at/x"), "x").is_err());
+    locked.unmount().unwrap();
+    locked.detach().unwrap();
+    copy(&mut locked);
+    let error = locked.delete(true).unwrap_err();
+    assert!(error.to_string().contains("1 of its copies"), "{error}");
+    volume.lock().unwrap().delete(false).unwrap();
+    let error = volume.lock().unwrap_err();
+    assert!(matches!(error, Error::Unknown { what: "volume", .. }), "{error}");
+
+    let raw = lab.create("raw", MIB, Filesystem::Raw);
+    let error = raw.lock().unwrap().mount(&lab.path("at"), false).unwrap_err();
+    assert!(error.to_string().contains("raw block device"), "{error}");
+    assert!(lab.pool.volume(&volume_name("rwa")).is_err());
+
+    // Foreign and damaged files harm nobody else.
+    write(&lab.pool.root().join("volumes/raw/volume.json"), b"{\"format\": 9}");
+    fs::create_dir(lab.pool.root().join("volumes/made by hand")).unwrap();
+    let states: Vec<Error> =
+        lab.pool.volumes().unwrap().iter().map(|v| v.state().unwrap_err()).collect();
+    assert!(matches!(states[0], Error::Damaged { .. }), "{}", states[0]);
+    assert!(matches!(states[1], Error::Version { found: 9, .. }), "{}", states[1]);
+    lab.create("after", MIB, Filesystem::Raw);
+    assert_eq!(lab.reopened().recover().unwrap().problems.len(), 2);
+    assert!(lab.pool.root().join("volumes/raw/live/image").exists());
+}
+
+#[test]
+fn a_full_pool_refuses_new_volumes_before_writes_fail() {
+    for kind in BACKENDS {
+        let Some(lab) = TestPool::with_size(kind, 512 * MIB) else { return };
+        let status = lab.pool.status().unwrap();
+        let too_much = status.limit_bytes / MIB * MIB + 2 * MIB;
+        let request = CreateRequest::new(volume_name("w"), too_much, Filesystem::Raw);
+        let error = lab.pool.create(request).unwrap_err();
+        assert!(matches!(error, Error::NoRoom { .. }), "{error}");
+
+        let volume = lab.create("v", 2 << 30, Filesystem::Ext4);
+        let at = lab.path("at");
+        let mut locked = volume.lock().unwrap();
+        let early = copy(&mut locked);
+        locked.mount(&at, false).unwrap();
+        // Filled up to the reserve.
+        let mut file = fs::File::create(at.join("file")).unwrap();
+        while lab.pool.check_free().is_ok() {
+            file.write_all(&vec![1; 8 << 20]).unwrap();
+            file.sync_all().unwrap();
+            let root = fs::File::open(lab.pool.root()).unwrap();
+            rustix::fs::syncfs(root).unwrap();
+        }
+        let refused = |error: Error| assert!(matches!(error, Error::NoRoom { .. }), "{error}");
+        refused(
+            lab.pool
+                .create(CreateRequest::new(volume_name("w"), MIB, Filesystem::Raw))
+                .unwrap_err(),
+        );
+        refused(locked.begin_copy().unwrap_err());
+        refused(locked.grow(3 << 30).unwrap_err());
+        // The application goes on in the reserve, and then gets an error that it can see.
+        file.write_all(&vec![2; 8 << 20]).unwrap();
+        file.sync_all().unwrap();
+        let mut failed = None;
+        for _ in 0..200 {
+            let written = file.write_all(&vec![3; 8 << 20]).and_then(|()| file.sync_all());
+            if let Err(error) = written {
+                failed = Some(error);
+                break;
+            }
+        }
+        let failed = failed.expect("an end of the pool").to_string();
+        assert!(failed.contains("space left") || failed.contains("Input/output"), "{failed}");
+        drop(file);
+        // What was there stays readable, and deletion makes room.
+        locked.unmount().unwrap();
+        locked.detach().unwrap();
+        locked.delete_copy(early).unwrap();
+        locked.delete(true).unwrap();
+        lab.create("w", MIB, Filesystem::Raw);
     }
 }

@@ -51,6 +51,11 @@ impl Backend for Btrfs {
         btrfs::snapshot(&top, live, false).map_err(Error::io("make a snapshot as", live))
     }
 
+    fn reclaim(&self, pool: &Path) -> Result<()> {
+        let top = File::open(pool).map_err(Error::io("open", pool))?;
+        btrfs::sync(&top).map_err(Error::io("sync", pool))
+    }
+
     fn delete(&self, dir: &Path) -> Result<()> {
         match btrfs::is_subvolume(dir) {
             Ok(true) => btrfs::delete_subvolume(dir).map_err(Error::io("delete subvolume", dir)),

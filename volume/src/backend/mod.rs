@@ -75,6 +75,9 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// Makes a live directory from a copy: writable, and by reference.
     fn clone_from_copy(&self, copy: &Path, live: &Path) -> Result<()>;
 
+    /// Hurries the kernel on to give back the room of what was deleted.
+    fn reclaim(&self, pool: &Path) -> Result<()>;
+
     /// Deletes a live directory or copy, whole or not. Can be repeated; does nothing where there is none.
     fn delete(&self, dir: &Path) -> Result<()>;
 }

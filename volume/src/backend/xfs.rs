@@ -62,6 +62,12 @@ impl Backend for Xfs {
         files::sync_directory(live).map_err(Error::io("sync", live))
     }
 
+    fn reclaim(&self, pool: &Path) -> Result<()> {
+        // What is unlinked is freed in the background; a sync waits for that.
+        let top = File::open(pool).map_err(Error::io("open", pool))?;
+        rustix::fs::syncfs(&top).map_err(Error::io("sync", pool))
+    }
+
     fn delete(&self, dir: &Path) -> Result<()> {
         for name in [IMAGE, PARTIAL] {
             let path = dir.join(name);

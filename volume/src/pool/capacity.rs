@@ -4,6 +4,9 @@
 //! application's writes fail, so the pool stops early to begin anything that would need room: a reserve is kept for what
 //! attached volumes still write, since an overwrite of blocks that a copy shares needs new room too.
 
+use std::thread::sleep;
+use std::time::Duration;
+
 use serde::Serialize;
 
 use super::{Pool, VolumeState, entries, state};
@@ -16,6 +19,10 @@ pub const DEFAULT_OVERCOMMIT_PERCENT: u32 = 400;
 
 /// The least that is held back, in bytes, except in small pools.
 const MIN_RESERVE_BYTES: u64 = 1 << 30;
+
+/// How long a full pool is given to free what was deleted.
+const RECLAIM_WAIT: Duration = Duration::from_secs(3);
+const RECLAIM_STEP: Duration = Duration::from_millis(200);
 
 /// The room of a pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -90,9 +97,18 @@ impl Pool {
         Err(Error::NoRoom { pool: self.root().to_owned(), detail })
     }
 
-    /// Fails when only the reserve is left: then nothing may begin that needs room.
+    /// Fails when only the reserve is left: then nothing may begin that needs room. Waits a while for the room of what was
+    /// just deleted, which comes back in the background.
     pub fn check_free(&self) -> Result<Status> {
-        let status = self.status()?;
+        let mut status = self.status()?;
+        let mut waited = Duration::ZERO;
+        while status.free_bytes <= status.reserve_bytes && waited < RECLAIM_WAIT {
+            // Again each time: what btrfs frees can be used after the transaction after that.
+            self.backend().reclaim(self.root())?;
+            sleep(RECLAIM_STEP);
+            waited += RECLAIM_STEP;
+            status = self.status()?;
+        }
         if status.free_bytes > status.reserve_bytes {
             return Ok(status);
         }

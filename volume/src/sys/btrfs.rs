@@ -9,11 +9,12 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::io::Errno;
-use rustix::ioctl::{Opcode, Setter, ioctl, opcode};
+use rustix::ioctl::{NoArg, Opcode, Setter, ioctl, opcode};
 
 const SUBVOL_CREATE: Opcode = opcode::write::<Arguments>(0x94, 14);
 const SNAP_DESTROY: Opcode = opcode::write::<Arguments>(0x94, 15);
 const SNAP_CREATE_V2: Opcode = opcode::write::<ArgumentsV2>(0x94, 23);
+const SYNC: Opcode = opcode::none(0x94, 8);
 const RESIZE: Opcode = opcode::write::<Arguments>(0x94, 3);
 
 const READ_ONLY: u64 = 1 << 1;
@@ -91,6 +92,12 @@ pub(crate) fn delete_subvolume(path: &Path) -> io::Result<()> {
 pub(crate) fn is_subvolume(path: &Path) -> io::Result<bool> {
     let metadata = path.symlink_metadata()?;
     Ok(metadata.is_dir() && metadata.ino() == TOP_INODE)
+}
+
+/// Writes everything, and wakes who frees the data of deleted subvolumes: else he looks every 30 seconds.
+pub(crate) fn sync(top: &File) -> io::Result<()> {
+    // SAFETY: the opcode takes nothing.
+    Ok(unsafe { ioctl(top, NoArg::<SYNC>::new()) }?)
 }
 
 /// Makes a mounted btrfs on one device as large as the device.

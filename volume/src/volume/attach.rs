@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{LockedVolume, Volume};
 use crate::error::{Error, Result};
-use crate::pool::state::Filesystem;
+use crate::pool::state::{Filesystem, VolumeState};
 use crate::sys::loops::{Backing, LoopDevice, Options};
 
 /// The device of a volume.
@@ -120,7 +120,19 @@ impl LockedVolume {
             })?;
         }
         self.end_server()?;
-        self.change(|state| state.wanted = Default::default())
+        self.note_unwanted(|state| state.wanted = Default::default())
+    }
+
+    /// Changes what is wanted after it was ended. In a full pool it stays as it was: that a device is wanted which is not
+    /// there does no harm, while a volume that can't be detached could not be deleted to make room.
+    pub(super) fn note_unwanted(&mut self, change: impl FnOnce(&mut VolumeState)) -> Result<()> {
+        match self.change(change) {
+            Err(error) if error.is_full() => {
+                tracing::warn!(volume = %self.volume.name(), %error, "the state is not up to date");
+                Ok(())
+            }
+            noted => noted,
+        }
     }
 
     fn want_attached(&mut self, read_only: bool) -> Result<()> {

@@ -96,13 +96,22 @@ impl LockedVolume {
 
     /// Deletes a copy. If it is the base, the next snapshot reads everything. Can be repeated.
     pub fn delete_copy(&mut self, id: SnapshotId) -> Result<()> {
-        // Noted first: a copy that is not noted is rubbish, while one that is noted must be whole.
-        self.change(|state| {
+        let forget = |state: &mut VolumeState| {
             state.copies.remove(&id);
             if state.base.as_ref().is_some_and(|base| base.copy == id) {
                 state.base = None;
             }
-        })?;
-        self.volume.pool.backend().delete(&self.volume.copy(id))
+        };
+        let (pool, copy) = (self.volume.pool.clone(), self.volume.copy(id));
+        let delete = || pool.backend().delete(&copy);
+        // Noted first: a copy that is not noted is rubbish. In a full pool there is no room for the note before the copy is
+        // gone; then recovery forgets it if a crash comes between.
+        match self.change(forget) {
+            Err(error) if error.is_full() => {
+                delete()?;
+                self.change(forget)
+            }
+            noted => noted.and_then(|()| delete()),
+        }
     }
 }

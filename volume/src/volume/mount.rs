@@ -110,7 +110,7 @@ impl LockedVolume {
                 }
             })?;
         }
-        self.change(|state| state.wanted.mounted_at = None)
+        self.note_unwanted(|state| state.wanted.mounted_at = None)
     }
 }
 

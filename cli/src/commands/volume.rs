@@ -1,0 +1,282 @@
+//! `petra volume`.
+
+use std::path::PathBuf;
+
+use clap::Subcommand;
+use petra_engine::Name;
+use petra_volume::pool::{CreateRequest, Filesystem, VolumeState};
+use petra_volume::volume::{Stats, Usage};
+use serde::Serialize;
+
+use super::pool::PoolOption;
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::text::{Fields, Side, Table, bytes, quoted, size, time};
+
+/// Options of `petra volume`.
+#[derive(Debug, clap::Args)]
+pub struct Volume {
+    #[command(subcommand)]
+    action: Action,
+}
+
+/// What to do with volumes.
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Make a volume with an empty file system
+    Create {
+        #[command(flatten)]
+        pool: PoolOption,
+        /// Its name
+        name: String,
+        /// Its size, such as 10G; it takes room as it is filled
+        #[arg(long, value_name = "SIZE", value_parser = size)]
+        size: u64,
+        /// What it holds: ext4, xfs, btrfs, or raw for a block device as it is
+        #[arg(long, value_name = "FS", default_value = "ext4")]
+        filesystem: Filesystem,
+    },
+    /// List the volumes of a pool
+    Ls {
+        #[command(flatten)]
+        pool: PoolOption,
+    },
+    /// Show everything about a volume
+    Info(Named),
+    /// Give a volume a block device, and print its path
+    Attach {
+        #[command(flatten)]
+        volume: Named,
+        /// Let nobody write to it
+        #[arg(long)]
+        read_only: bool,
+    },
+    /// Take a volume's block device away
+    Detach(Named),
+    /// Mount a volume, which is attached if it is not
+    Mount {
+        #[command(flatten)]
+        volume: Named,
+        /// Where; made if it is missing
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// Let nobody write to it
+        #[arg(long)]
+        read_only: bool,
+    },
+    /// Unmount a volume and detach it
+    Unmount(Named),
+    /// Make a volume larger, also while it is used
+    Grow {
+        #[command(flatten)]
+        volume: Named,
+        /// Its new size, such as 20G
+        #[arg(value_name = "SIZE", value_parser = size)]
+        size: u64,
+    },
+    /// Delete a volume and its copies
+    Rm {
+        #[command(flatten)]
+        volume: Named,
+        /// Also when some of its copies are not uploaded yet
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+/// A volume of a pool.
+#[derive(Debug, clap::Args)]
+struct Named {
+    #[command(flatten)]
+    pool: PoolOption,
+    /// The volume
+    #[arg(value_name = "NAME")]
+    name: String,
+}
+
+impl Named {
+    fn find(&self) -> Result<petra_volume::Volume, Failure> {
+        Ok(self.pool.open()?.volume(&name(&self.name)?)?)
+    }
+
+    fn lock(&self, session: &Session) -> Result<petra_volume::LockedVolume, Failure> {
+        let pool = self.pool.open_to_change(session)?;
+        Ok(pool.volume(&name(&self.name)?)?.lock()?)
+    }
+}
+
+fn name(text: &str) -> Result<Name, Failure> {
+    Ok(Name::new("volume", text)?)
+}
+
+#[derive(Serialize)]
+struct List {
+    volumes: Vec<Entry>,
+}
+
+/// A volume, or why it can't be read.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Entry {
+    Whole(Box<Stats>),
+    Unreadable { name: Name, error: String },
+}
+
+#[derive(Serialize)]
+struct Info {
+    #[serde(flatten)]
+    stats: Stats,
+    usage: Usage,
+    image: PathBuf,
+}
+
+#[derive(Serialize)]
+struct Deleted {
+    deleted: Name,
+}
+
+impl Volume {
+    pub fn run(self, session: &Session) -> Result<(), Failure> {
+        match self.action {
+            Action::Create { pool, name: text, size, filesystem } => {
+                let pool = pool.open_to_change(session)?;
+                let volume = pool.create(CreateRequest::new(name(&text)?, size, filesystem))?;
+                report(&volume, session, |_| format!("{}\n", volume.name()))?;
+                let word = quoted(volume.name().as_str());
+                session.out.say(&format!("next: petra volume mount {word} DIR"));
+                Ok(())
+            }
+            Action::Ls { pool } => list(&pool, session),
+            Action::Info(volume) => info(&volume.find()?, session),
+            Action::Attach { volume, read_only } => {
+                let mut locked = volume.lock(session)?;
+                let attachment = locked.attach(read_only)?;
+                report(locked.volume(), session, |_| format!("{}\n", attachment.device.display()))
+            }
+            Action::Detach(volume) => {
+                let mut locked = volume.lock(session)?;
+                locked.detach()?;
+                report(locked.volume(), session, |_| String::new())
+            }
+            Action::Mount { volume, directory, read_only } => {
+                let mut locked = volume.lock(session)?;
+                locked.mount(&directory, read_only)?;
+                report(locked.volume(), session, |_| String::new())
+            }
+            Action::Unmount(volume) => {
+                let mut locked = volume.lock(session)?;
+                locked.unmount()?;
+                locked.detach()?;
+                report(locked.volume(), session, |_| String::new())
+            }
+            Action::Grow { volume, size } => {
+                let mut locked = volume.lock(session)?;
+                locked.grow(size)?;
+                report(locked.volume(), session, |stats| {
+                    format!("{}\n", bytes(stats.state.size_bytes))
+                })
+            }
+            Action::Rm { volume, force } => {
+                let locked = volume.lock(session)?;
+                let VolumeState { name, .. } = locked.delete(!force)?;
+                let document = Deleted { deleted: name };
+                session.out.report(&document, || format!("{}\n", document.deleted))
+            }
+        }
+    }
+}
+
+/// Prints a volume as JSON, or a text.
+fn report(
+    volume: &petra_volume::Volume,
+    session: &Session,
+    text: impl FnOnce(&Stats) -> String,
+) -> Result<(), Failure> {
+    let stats = volume.stats()?;
+    session.out.report(&stats, || text(&stats))
+}
+
+fn list(pool: &PoolOption, session: &Session) -> Result<(), Failure> {
+    let mut volumes = vec![];
+    for volume in pool.open()?.volumes()? {
+        volumes.push(match volume.stats() {
+            Ok(stats) => Entry::Whole(Box::new(stats)),
+            // Deleted since it was listed.
+            Err(petra_volume::Error::Unknown { .. }) => continue,
+            Err(error) => {
+                Entry::Unreadable { name: volume.name().clone(), error: error.to_string() }
+            }
+        });
+    }
+    let document = List { volumes };
+    session.out.report(&document, || {
+        let mut table = Table::new(&[
+            ("NAME", Side::Left),
+            ("SIZE", Side::Right),
+            ("TAKES", Side::Right),
+            ("FS", Side::Left),
+            ("DEVICE", Side::Left),
+            ("MOUNTED AT", Side::Left),
+        ]);
+        for entry in &document.volumes {
+            match entry {
+                Entry::Whole(stats) => table.row([
+                    stats.state.name.to_string(),
+                    bytes(stats.state.size_bytes),
+                    bytes(stats.allocated_bytes),
+                    stats.state.filesystem.to_string(),
+                    device(stats),
+                    mounts(stats),
+                ]),
+                Entry::Unreadable { name, error } => table.row([name.as_str(), "", "", "", error]),
+            }
+        }
+        table.render()
+    })
+}
+
+fn device(stats: &Stats) -> String {
+    stats.attachment.as_ref().map_or(String::new(), |found| found.device.display().to_string())
+}
+
+fn mounts(stats: &Stats) -> String {
+    let all = stats.mounts.iter().map(|at| at.display().to_string());
+    all.collect::<Vec<_>>().join(", ")
+}
+
+fn info(volume: &petra_volume::Volume, session: &Session) -> Result<(), Failure> {
+    let document = Info { stats: volume.stats()?, usage: volume.usage()?, image: volume.image() };
+    session.out.report(&document, || {
+        let Info { stats, usage, image } = &document;
+        let state = &stats.state;
+        let mut fields = Fields::default();
+        fields
+            .add("name", &state.name.to_string())
+            .add("id", state.id.to_string())
+            .add("created", time(state.created))
+            .add("size", bytes(state.size_bytes))
+            .add("file system", state.filesystem.to_string())
+            .add("takes", bytes(stats.allocated_bytes))
+            .add("of that alone", bytes(usage.exclusive_bytes))
+            .add("extents", usage.extents.to_string())
+            .add("copies", state.copies.len().to_string())
+            .add("image", image.to_string_lossy())
+            .add_some("origin", state.origin.as_deref())
+            .add_some("base", state.base.as_ref().map(|base| base.snapshot.to_string()));
+        if let Some(attachment) = &stats.attachment {
+            let read_only = if attachment.read_only { ", read-only" } else { "" };
+            let cached = if attachment.direct_io { "" } else { ", through the page cache" };
+            fields.add("device", format!("{}{read_only}{cached}", attachment.device.display()));
+        }
+        if let Some(space) = &stats.filesystem_space {
+            fields.add("mounted at", mounts(stats)).add(
+                "free in it",
+                format!("{} of {}", bytes(space.free_bytes), bytes(space.total_bytes)),
+            );
+            if space.inodes > 0 {
+                fields.add("free inodes", format!("{} of {}", space.free_inodes, space.inodes));
+            }
+        }
+        fields.render()
+    })
+}
