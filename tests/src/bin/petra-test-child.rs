@@ -85,7 +85,7 @@ fn volumes(pool: &Path) {
         let device = locked.attach(false).unwrap().device;
         std::fs::write(&device, vec![7; 1 << 20]).unwrap();
         let mut copy = locked.begin_copy().unwrap();
-        copy.finish(false).unwrap();
+        copy.finish().unwrap();
         let copy = locked.keep_copy(copy, |_| {}).unwrap();
         let content = Content::CopyOf(volume.copy(copy));
         let request = request(format!("b {id} {round}"));

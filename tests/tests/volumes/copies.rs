@@ -186,7 +186,7 @@ fn a_copy_under_a_freeze_is_the_image() {
                 let mut pending = locked.begin_copy().unwrap();
                 std::thread::sleep(Duration::from_millis(5));
                 let frozen = gate.lock().unwrap();
-                pending.finish(true).unwrap();
+                pending.finish().unwrap();
                 let image = hash(&volume.image());
                 drop(frozen);
                 let taken = locked.keep_copy(pending, |_| {}).unwrap();
@@ -212,7 +212,7 @@ fn a_copy_that_is_given_up() {
         let locked = volume.lock().unwrap();
         drop(locked.begin_copy().unwrap());
         let mut finished = locked.begin_copy().unwrap();
-        finished.finish(true).unwrap();
+        finished.finish().unwrap();
         drop(finished);
         let left = fs::read_dir(volume.directory().join("copies")).unwrap().count();
         assert_eq!(left, 0, "{kind}");
@@ -247,7 +247,7 @@ fn a_frozen_file_system_is_copied_whole() {
                     assert!(freeze.arg(how).arg(&at).status().unwrap().success());
                 };
                 freeze("--freeze");
-                pending.finish(true).unwrap();
+                pending.finish().unwrap();
                 freeze("--unfreeze");
                 locked.keep_copy(pending, |_| {}).unwrap()
             });

@@ -75,7 +75,7 @@ struct Pending {
 }
 
 impl PendingCopy for Pending {
-    fn finish(&mut self, _frozen: bool) -> Result<()> {
+    fn finish(&mut self) -> Result<()> {
         btrfs::snapshot(&self.live, &self.copy, true)
             .map_err(Error::io("make a snapshot as", &self.copy))
     }

@@ -84,11 +84,9 @@ pub trait Backend: Send + Sync + fmt::Debug {
 
 /// A copy that is not there yet. Dropping it removes what there is of it.
 pub trait PendingCopy: Send + fmt::Debug {
-    /// Takes the copy: its bytes are those of the image at one moment during this call. With `frozen`, the caller vouches
-    /// that nobody writes to the image meanwhile; then this takes milliseconds. Without, writers may have to wait.
-    ///
-    /// The copy may not survive a crash before [`publish`](Self::publish).
-    fn finish(&mut self, frozen: bool) -> Result<()>;
+    /// Takes the copy: its bytes are those of the image at one moment during this call. Writers that are not frozen may
+    /// have to wait. The copy may not survive a crash before [`publish`](Self::publish).
+    fn finish(&mut self) -> Result<()>;
 
     /// Makes the copy durable and guards it against changes. Called once, after [`finish`](Self::finish) and the thaw.
     fn publish(self: Box<Self>) -> Result<()>;

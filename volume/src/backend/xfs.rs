@@ -95,10 +95,8 @@ struct Pending {
 }
 
 impl PendingCopy for Pending {
-    fn finish(&mut self, frozen: bool) -> Result<()> {
-        let done =
-            if frozen { self.precopy.finish_frozen() } else { self.precopy.finish_at_once() };
-        done.map_err(Error::io("copy to", self.copy.join(PARTIAL)))
+    fn finish(&mut self) -> Result<()> {
+        self.precopy.finish().map_err(Error::io("copy to", self.copy.join(PARTIAL)))
     }
 
     fn publish(mut self: Box<Self>) -> Result<()> {

@@ -23,8 +23,8 @@ impl NewCopy {
     }
 
     /// See [`PendingCopy::finish`].
-    pub fn finish(&mut self, frozen: bool) -> Result<()> {
-        self.pending.finish(frozen)
+    pub fn finish(&mut self) -> Result<()> {
+        self.pending.finish()
     }
 }
 

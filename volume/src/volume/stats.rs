@@ -36,6 +36,8 @@ pub struct Usage {
     pub exclusive_bytes: u64,
     /// Bytes that copies or clones have too.
     pub shared_bytes: u64,
+    /// Of both, bytes that were reserved and never written.
+    pub unwritten_bytes: u64,
     /// How many extents there are.
     pub extents: u64,
 }
@@ -72,6 +74,9 @@ impl Volume {
                 &mut usage.exclusive_bytes
             };
             *bytes = bytes.saturating_add(extent.length);
+            if extent.is_unwritten() {
+                usage.unwritten_bytes = usage.unwritten_bytes.saturating_add(extent.length);
+            }
             usage.extents += 1;
             ControlFlow::Continue(())
         })
