@@ -2,5 +2,6 @@
 
 mod copies;
 mod freeze;
+mod incremental;
 mod pool;
 mod recovery;
