@@ -27,6 +27,25 @@ pub fn volume<'a>(
     record.volume(name).ok_or_else(unknown).at(url)
 }
 
+/// The volume that a URL names, or the only one of the snapshot that it names.
+pub fn one_volume<'a>(
+    record: &'a SnapshotRecord,
+    url: &PetraUrl,
+) -> Result<&'a VolumeRecord, Failure> {
+    if let Item::Snapshot { volume: Some(name), .. } = &url.item {
+        return volume(record, name, url);
+    }
+    match record.volumes.as_slice() {
+        [only] => Ok(only),
+        volumes => {
+            let names: Vec<_> = volumes.iter().map(|volume| volume.name.encoded()).collect();
+            let text = format!("{url} has {} volumes, and this takes one", volumes.len());
+            Err(Failure::fix(text)
+                .hint(format!("put one of them after it: /{}", names.join(", /"))))
+        }
+    }
+}
+
 /// Fails if a URL names an experiment or run that has no snapshots, with those that have some. For operations that
 /// found nothing to do: a name with a typing error must not look like success.
 pub async fn exists(repository: &Repository, url: &PetraUrl) -> Result<(), Failure> {

@@ -6,6 +6,7 @@
 //! | [`commands`] | one module per command: its options, what it does, what it prints |
 //! | [`session`] | what all commands share: output, cancellation, opening a repository |
 //! | [`location`], [`lookup`] | from a URL or path as typed to a snapshot, or an error that says what is near |
+//! | [`node`] | how the processes behind live volumes are started |
 //! | [`secrets`] | passphrases and key files: from options, the environment or a prompt |
 //! | [`failure`], [`hints`], [`volume_hints`] | exit codes, and what to do next about each error |
 //! | [`output`], [`text`], [`view`] | the only place that prints; tables and numbers for people; JSON shapes |
@@ -21,6 +22,7 @@ mod hints;
 mod interrupt;
 mod location;
 mod lookup;
+mod node;
 mod output;
 mod progress;
 mod secrets;
@@ -35,6 +37,7 @@ use std::time::Duration;
 use clap::Parser;
 
 use crate::args::Args;
+use crate::commands::Command;
 use crate::failure::{Exit, Failure};
 use crate::output::Output;
 use crate::session::Session;
@@ -44,6 +47,10 @@ fn main() -> ExitCode {
         Ok(args) => args,
         Err(error) => return args::refuse(&error),
     };
+    if let Command::FreezeGuard = args.command {
+        // Before anything is started that could hold it up.
+        return petra_volume::freeze::guard_main();
+    }
     let output = Output::new(args.global.json, args.global.quiet);
     args.global.start_logs();
     let result = runtime().and_then(|runtime| {

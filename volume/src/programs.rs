@@ -16,6 +16,8 @@ use crate::pool::Pool;
 
 /// What an image server and an agent write on their standard output when they are ready.
 pub const READY: &[u8] = b"ready\n";
+/// The environment variable that says what a process logs.
+const LOG: &str = "PETRA_LOG";
 /// What a process says about its failure is shortened to this, in bytes.
 const MAX_COMPLAINT: u64 = 4096;
 
@@ -79,6 +81,9 @@ impl Programs {
         let said = log_file.metadata().map_err(Error::io("look at", log))?.len();
         let mut command = Command::new(&self.program);
         command.args(args).stdin(stdin).stdout(Stdio::piped());
+        if std::env::var_os(LOG).is_none() {
+            command.env(LOG, "info");
+        }
         command.stderr(log_file.try_clone().map_err(Error::io("open", log))?);
         // SAFETY: setsid is async-signal-safe, and nothing else happens between fork and exec.
         unsafe {

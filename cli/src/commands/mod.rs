@@ -1,5 +1,7 @@
 //! The commands: one module each, with its options, what it does and what it prints.
 
+mod agent;
+mod clone;
 mod copy;
 mod demo;
 mod diff;
@@ -21,6 +23,7 @@ mod snapshot;
 mod undelete;
 mod verify;
 mod volume;
+mod volume_snapshot;
 
 use clap::Subcommand;
 
@@ -62,12 +65,24 @@ pub enum Command {
     Copy(copy::Copy),
     /// Repair what can be repaired, and tell what is lost
     Repair(repair::Repair),
+    /// Make a volume of a pool from a snapshot, which starts before its data is here
+    Clone(clone::Clone),
+    /// Mount a snapshot, at once
+    Mount(clone::Mount),
+    /// Unmount what petra mount has mounted
+    Unmount(clone::Unmount),
     /// Make and look after pools, which hold the live volumes of a machine
     Pool(pool::Pool),
     /// Make, attach, mount, grow and delete live volumes
     Volume(volume::Volume),
     /// Show what this machine's kernel and tools can do for live volumes
     Doctor(doctor::Doctor),
+    /// Serve the image of a lazy clone; started by whoever attaches one
+    #[command(hide = true)]
+    ImageServer(agent::ImageServer),
+    /// Thaw file systems if the process that froze them dies; started by whoever freezes
+    #[command(hide = true, name = volume_snapshot::FREEZE_GUARD)]
+    FreezeGuard,
     /// Show it all on a small volume in a temporary directory
     Demo(demo::Demo),
     /// Print a completion script for a shell
@@ -96,8 +111,14 @@ impl Command {
             Self::Key(command) => command.run(session).await,
             Self::Copy(command) => command.run(session).await,
             Self::Repair(command) => command.run(session).await,
-            Self::Pool(command) => command.run(session),
-            Self::Volume(command) => command.run(session),
+            Self::Clone(command) => command.run(session).await,
+            Self::Mount(command) => command.run(session).await,
+            Self::Unmount(command) => command.run(session).await,
+            Self::ImageServer(command) => command.run(),
+            Self::Pool(command) => command.run(session).await,
+            Self::Volume(command) => command.run(session).await,
+            // It never comes here: a guard is started without all that commands need.
+            Self::FreezeGuard => Ok(()),
             Self::Doctor(command) => command.run(session),
             Self::Demo(command) => command.run(session).await,
             Self::Completions(command) => command.run(session),

@@ -11,6 +11,7 @@ use petra_volume::pool::{DEFAULT_OVERCOMMIT_PERCENT, InitRequest, Place, Recover
 use petra_volume::{BackendKind, Pool as OpenPool};
 use serde::Serialize;
 
+use super::agent::Agent;
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::text::{Fields, bytes, quoted, size, time};
@@ -32,6 +33,8 @@ enum Action {
         #[command(flatten)]
         pool: PoolOption,
     },
+    /// Bring lazy clones their data, until there is nothing to do; started when it is needed
+    Agent(Agent),
     /// Clean up after a crash: what was half made or deleted, devices nobody wants, frozen file systems
     Recover {
         #[command(flatten)]
@@ -113,8 +116,9 @@ struct RecoverDocument<'a> {
 }
 
 impl Pool {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub async fn run(self, session: &Session) -> Result<(), Failure> {
         match self.action {
+            Action::Agent(agent) => agent.run(session).await,
             Action::Init(init) => init.run(session),
             Action::Status { pool } => status(&pool.open()?, session),
             Action::Recover { pool } => recover(&pool.open()?, session),

@@ -90,7 +90,7 @@ fn warn_if_in_use(session: &Session, path: &Path) {
 }
 
 /// What a snapshot cost, in a line.
-fn summary(record: &SnapshotRecord) -> String {
+pub(super) fn summary(record: &SnapshotRecord) -> String {
     let stats = &record.stats;
     format!(
         "{} with {} of data: {} new, stored as {} ({}) in {}, {}",
@@ -104,7 +104,7 @@ fn summary(record: &SnapshotRecord) -> String {
     )
 }
 
-fn not_a_run(url: &PetraUrl) -> Failure {
+pub(super) fn not_a_run(url: &PetraUrl) -> Failure {
     let failure = Failure::fix(format!("{url} does not name a run"));
     match &url.item {
         Item::Snapshot {
@@ -195,14 +195,17 @@ async fn parent(
     Ok(Parent::Snapshot(lookup::snapshot(repository, &url).await?.id))
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+pub(super) fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("write it as KEY=VALUE".to_owned()),
     }
 }
 
-fn unique(what: &str, pairs: Vec<(String, String)>) -> Result<BTreeMap<String, String>, Failure> {
+pub(super) fn unique(
+    what: &str,
+    pairs: Vec<(String, String)>,
+) -> Result<BTreeMap<String, String>, Failure> {
     let mut map = BTreeMap::new();
     for (key, value) in pairs {
         if map.contains_key(&key) {

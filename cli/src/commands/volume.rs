@@ -4,12 +4,15 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use petra_engine::Name;
-use petra_volume::pool::{CreateRequest, Filesystem, VolumeState};
+use petra_volume::pool::{CreateRequest, Filesystem};
 use petra_volume::volume::{Stats, Usage};
 use serde::Serialize;
 
+use super::clone;
 use super::pool::PoolOption;
+use super::volume_snapshot;
 use crate::failure::Failure;
+use crate::node;
 use crate::session::Session;
 use crate::text::{Fields, Side, Table, bytes, quoted, size, time};
 
@@ -74,6 +77,10 @@ enum Action {
         #[arg(value_name = "SIZE", value_parser = size)]
         size: u64,
     },
+    /// Take a snapshot of one or more volumes at one point in time, and print its URL
+    Snapshot(volume_snapshot::Snapshot),
+    /// Go on with uploads of snapshots that ended early, and print their URLs
+    Upload(volume_snapshot::GoOn),
     /// Delete a volume and its copies
     Rm {
         #[command(flatten)]
@@ -136,8 +143,10 @@ struct Deleted {
 }
 
 impl Volume {
-    pub fn run(self, session: &Session) -> Result<(), Failure> {
+    pub async fn run(self, session: &Session) -> Result<(), Failure> {
         match self.action {
+            Action::Snapshot(command) => command.run(session).await,
+            Action::Upload(command) => command.run(session).await,
             Action::Create { pool, name: text, size, filesystem } => {
                 let pool = pool.open_to_change(session)?;
                 let volume = pool.create(CreateRequest::new(name(&text)?, size, filesystem))?;
@@ -150,7 +159,7 @@ impl Volume {
             Action::Info(volume) => info(&volume.find()?, session),
             Action::Attach { volume, read_only } => {
                 let mut locked = volume.lock(session)?;
-                let attachment = locked.attach(read_only)?;
+                let attachment = locked.attach_served(&node::serving()?, read_only)?;
                 report(locked.volume(), session, |_| format!("{}\n", attachment.device.display()))
             }
             Action::Detach(volume) => {
@@ -160,6 +169,7 @@ impl Volume {
             }
             Action::Mount { volume, directory, read_only } => {
                 let mut locked = volume.lock(session)?;
+                locked.attach_served(&node::serving()?, read_only)?;
                 locked.mount(&directory, read_only)?;
                 report(locked.volume(), session, |_| String::new())
             }
@@ -178,7 +188,8 @@ impl Volume {
             }
             Action::Rm { volume, force } => {
                 let locked = volume.lock(session)?;
-                let VolumeState { name, .. } = locked.delete(!force)?;
+                let name = locked.state().name.clone();
+                clone::remove(session, locked, !force).await?;
                 let document = Deleted { deleted: name };
                 session.out.report(&document, || format!("{}\n", document.deleted))
             }

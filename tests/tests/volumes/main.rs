@@ -5,3 +5,4 @@ mod freeze;
 mod incremental;
 mod pool;
 mod recovery;
+mod snapshot;

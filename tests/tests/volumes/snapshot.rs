@@ -16,10 +16,8 @@ use petra_tests::lab::{context, init, name, verify_all};
 use petra_tests::pool::{TestPool, hash};
 use petra_tests::volume::noise;
 use petra_volume::freeze::GuardCommand;
-use petra_volume::pool::Filesystem;
-use petra_volume::snapshot::{
-    GroupRequest, Hook, Target, Upload, UploadState, discard_unfinished, pending, take,
-};
+use petra_volume::pool::{Filesystem, Recovered};
+use petra_volume::snapshot::{GroupRequest, Hook, Target, Upload, UploadState, pending, take};
 use petra_volume::{BackendKind, Error, Volume};
 
 const MIB: u64 = 1 << 20;
@@ -171,7 +169,6 @@ async fn an_upload_goes_on_in_another_process() {
 
     let other = lab.reopened();
     assert_eq!(other.recover().unwrap().done, []);
-    assert_eq!(discard_unfinished(&other).unwrap(), 0);
     assert_eq!(pending(&other).unwrap(), [id]);
     let record = Upload::open(&other, id).unwrap().run(&repo, &context()).await.unwrap();
     check(&lab, &repo, record.id, 0, &volume.copy_image(copy)).await;
@@ -223,7 +220,8 @@ async fn a_taking_that_crashed_leaves_nothing() {
     let path = lab.pool.root().join(format!("uploads/{}.json", state.id));
     fs::write(&path, serde_json(&state)).unwrap();
     assert!(matches!(Upload::open(&lab.pool, state.id), Err(Error::Unknown { .. })));
-    assert_eq!(discard_unfinished(&lab.pool).unwrap(), 1);
+    let done = lab.pool.recover().unwrap().done;
+    assert_eq!(done, [Recovered::Deleted { path }]);
     assert_eq!((copies(&volume), pending(&lab.pool).unwrap().len()), (0, 0));
     assert_eq!(fs::read_dir(lab.pool.root().join("uploads")).unwrap().count(), 0);
 }

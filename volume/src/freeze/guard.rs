@@ -48,6 +48,11 @@ impl GuardCommand {
     ) -> Self {
         Self { program: program.into(), args: args.into_iter().map(Into::into).collect() }
     }
+
+    /// The program that runs now, with other arguments. It is found even if its file was replaced.
+    pub fn this_program<I: Into<OsString>>(args: impl IntoIterator<Item = I>) -> Self {
+        Self::new("/proc/self/exe", args)
+    }
 }
 
 /// A guard that is ready.

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::{Pool, entries};
 use crate::error::{Error, Result};
+use crate::snapshot;
 use crate::sys::loops::LoopDevice;
 use crate::sys::{files, mounts};
 use crate::volume::{LockedVolume, Volume};
@@ -22,7 +23,7 @@ use crate::volume::{LockedVolume, Volume};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case", tag = "did")]
 pub enum Recovered {
-    /// Deleted a volume that was being made or deleted.
+    /// Deleted a volume that was being made or deleted, or an upload whose copies were not all taken.
     Deleted {
         /// Where it was.
         path: PathBuf,
@@ -90,6 +91,10 @@ impl Pool {
             if recovery.note(self.remove_volume_directory(&path)).is_some() {
                 recovery.done.push(Recovered::Deleted { path });
             }
+        }
+        let discarded = snapshot::discard_unfinished(self);
+        for path in recovery.note(discarded).unwrap_or_default() {
+            recovery.done.push(Recovered::Deleted { path });
         }
         for volume in self.volumes()? {
             match volume.lock_for(Duration::ZERO) {

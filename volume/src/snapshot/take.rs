@@ -78,10 +78,10 @@ impl Part {
                 // Someone may write to the device itself. What he wrote before is in the copy.
                 let opened = File::open(device).and_then(|file| file.sync_all());
                 opened.map_err(Error::io("sync", device))?;
-                self.copy.finish(false)
+                self.copy.finish()
             }
             // Frozen, or without a device, and nobody attaches it while it is locked.
-            _ => self.copy.finish(true),
+            _ => self.copy.finish(),
         }
     }
 }

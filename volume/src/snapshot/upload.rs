@@ -1,5 +1,6 @@
 //! Uploading copies that were taken.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -35,21 +36,21 @@ pub fn pending(pool: &Pool) -> Result<Vec<SnapshotId>> {
     Ok(ids)
 }
 
-/// Deletes uploads, with their copies, whose taking ended in a crash. Gives how many.
-pub fn discard_unfinished(pool: &Pool) -> Result<usize> {
-    let mut count = 0;
+/// Deletes uploads, with their copies, whose taking ended in a crash. Gives their files.
+pub fn discard_unfinished(pool: &Pool) -> Result<Vec<PathBuf>> {
+    let mut discarded = Vec::new();
     for id in pending(pool)? {
         match Upload::open_any(pool, id) {
             Ok(upload) if !upload.state.ready => {
                 upload.give_up()?;
-                count += 1;
+                discarded.push(place::path(pool, id));
             }
             // Someone works on it or has just ended it.
             Ok(_) | Err(Error::Busy { .. } | Error::Unknown { .. }) => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(count)
+    Ok(discarded)
 }
 
 impl Upload {
@@ -280,7 +281,7 @@ fn unknown(pool: &Pool, what: &'static str, id: SnapshotId) -> Error {
 #[derive(Debug)]
 struct NotingHost {
     host: Arc<dyn Host>,
-    path: std::path::PathBuf,
+    path: PathBuf,
     state: Mutex<UploadState>,
 }
 

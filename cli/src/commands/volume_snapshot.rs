@@ -1,0 +1,204 @@
+//! `petra volume snapshot` and `petra volume upload`.
+
+use std::ffi::OsString;
+use std::time::Duration;
+
+use petra_engine::record::SnapshotRecord;
+use petra_engine::{Item, Name, PetraUrl, Repository, SnapshotId};
+use petra_volume::freeze::{self, GuardCommand};
+use petra_volume::snapshot::{GroupRequest, Hook, Target, Upload, pending, take};
+use petra_volume::{Error, idle};
+use serde::Serialize;
+
+use super::gc::duration;
+use super::pool::PoolOption;
+use super::snapshot::{not_a_run, pair, summary, unique};
+use crate::failure::Failure;
+use crate::session::Session;
+use crate::text::{duration_ms, size};
+use crate::view;
+
+/// The hidden subcommand that a freeze starts.
+pub const FREEZE_GUARD: &str = "freeze-guard";
+
+/// Options of `petra volume snapshot`.
+#[derive(Debug, clap::Args)]
+pub struct Snapshot {
+    #[command(flatten)]
+    pool: PoolOption,
+    /// A volume of the pool, and its name in the snapshot if that is another one
+    #[arg(required = true, value_name = "[AS=]VOLUME")]
+    volumes: Vec<String>,
+    /// The run that the snapshot belongs to: REPOSITORY#EXPERIMENT/RUN
+    #[arg(required = true, value_name = "URL")]
+    url: String,
+    /// A name for the snapshot; the newest one of a name is found by it
+    #[arg(long)]
+    name: Option<String>,
+    /// A label such as step=train or phase=final; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
+    labels: Vec<(String, String)>,
+    /// A sentence for people
+    #[arg(long, short)]
+    message: Option<String>,
+    /// Anything that programs want to keep with it; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    metadata: Vec<(String, String)>,
+    /// A line for the shell to run before the volumes are frozen; if it fails there is no snapshot
+    #[arg(long, value_name = "COMMAND")]
+    hook_before: Option<OsString>,
+    /// A line for the shell to run after they are thawed
+    #[arg(long, value_name = "COMMAND")]
+    hook_after: Option<OsString>,
+    /// After this time a hook is killed
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    hook_limit: Duration,
+    /// The most to read in a second while uploading, such as 50M [default: as much as nobody else wants]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    rate: Option<u64>,
+    /// Only take the copies, and leave the upload to `petra volume upload`
+    #[arg(long)]
+    later: bool,
+}
+
+/// Options of `petra volume upload`.
+#[derive(Debug, clap::Args)]
+pub struct GoOn {
+    #[command(flatten)]
+    pool: PoolOption,
+    /// Delete the copies instead: there will be no snapshot of them
+    #[arg(long)]
+    give_up: bool,
+    /// The uploads [default: all that nobody works on]
+    #[arg(value_name = "ID")]
+    ids: Vec<SnapshotId>,
+}
+
+#[derive(Serialize)]
+struct Made<'a> {
+    #[serde(flatten)]
+    snapshot: view::Snapshot<'a>,
+    pause_ms: u64,
+}
+
+#[derive(Serialize)]
+struct Waiting {
+    upload: SnapshotId,
+    pause_ms: u64,
+}
+
+#[derive(Serialize)]
+struct Uploaded<'a> {
+    snapshots: Vec<view::Snapshot<'a>>,
+    given_up: Vec<SnapshotId>,
+}
+
+impl Snapshot {
+    pub async fn run(self, session: &Session) -> Result<(), Failure> {
+        let url = session.url(&self.url)?;
+        let Item::Run { experiment, run } = url.item.clone() else {
+            return Err(not_a_run(&url));
+        };
+        let pool = self.pool.open_to_change(session)?;
+        // What is wrong with the repository should show before anything is frozen.
+        let repository = session.open(&url).await?;
+        let hook = |line: Option<OsString>| line.map(|line| Hook::shell(line, self.hook_limit));
+        let request = GroupRequest {
+            target: Target {
+                repository: url.repository.to_string(),
+                experiment,
+                run,
+                name: self.name.map(|name| Name::new("snapshot", name)).transpose()?,
+                labels: unique("label", self.labels)?,
+                message: self.message,
+                metadata: unique("metadata key", self.metadata)?,
+            },
+            volumes: self.volumes.iter().map(|text| named(text)).collect::<Result<_, _>>()?,
+            before: hook(self.hook_before),
+            after: hook(self.hook_after),
+            guard: GuardCommand::this_program([FREEZE_GUARD]),
+            limit: freeze::TIME_LIMIT,
+            rate_bytes_per_s: self.rate,
+        };
+        let mut taken = tokio::task::block_in_place(|| take(&pool, &request))?;
+        if let Some(error) = taken.hook_failure.take() {
+            session.out.warn(&format!("the copies are taken, but {error}"));
+        }
+        let pause_ms = u64::try_from(taken.pause.as_millis()).unwrap_or(u64::MAX);
+        session.out.say(&format!("applications waited for {}", duration_ms(pause_ms)));
+        if self.later {
+            let document = Waiting { upload: taken.upload.id(), pause_ms };
+            return session.out.report(&document, || format!("{}\n", document.upload));
+        }
+        let record = upload(&mut taken.upload, &repository, session).await?;
+        let made = Made { snapshot: view::Snapshot::new(&url.repository, &record), pause_ms };
+        session.out.report(&made, || format!("{}\n", made.snapshot.url))
+    }
+}
+
+impl GoOn {
+    pub async fn run(self, session: &Session) -> Result<(), Failure> {
+        let pool = self.pool.open_to_change(session)?;
+        let ids = if self.ids.is_empty() { pending(&pool)? } else { self.ids.clone() };
+        let (mut done, mut given_up) = (vec![], vec![]);
+        for id in ids {
+            let mut opened = match Upload::open(&pool, id) {
+                // Another process is at it, or has just ended it.
+                Err(Error::Busy { .. } | Error::Unknown { .. }) if self.ids.is_empty() => continue,
+                opened => opened?,
+            };
+            if self.give_up {
+                opened.give_up()?;
+                given_up.push(id);
+                continue;
+            }
+            let url = url_of(opened.target())?;
+            let repository = session.open(&url).await?;
+            let record = upload(&mut opened, &repository, session).await?;
+            done.push((url.repository, record));
+        }
+        let snapshots =
+            done.iter().map(|(repository, record)| view::Snapshot::new(repository, record));
+        let document = Uploaded { snapshots: snapshots.collect(), given_up };
+        session.out.report(&document, || {
+            document.snapshots.iter().map(|snapshot| format!("{}\n", snapshot.url)).collect()
+        })
+    }
+}
+
+/// Uploads at the lowest priority: from now on this process does nothing else.
+async fn upload(
+    upload: &mut Upload,
+    repository: &Repository,
+    session: &Session,
+) -> Result<SnapshotRecord, Failure> {
+    if let Err(error) = idle::whole_process() {
+        session.out.warn(&format!("the upload may slow others: {error}"));
+    }
+    let activity = session.activity("upload");
+    let uploaded = upload.run(repository, &activity.context).await;
+    drop(activity);
+    let record = uploaded.map_err(|error| {
+        let failure = Failure::from(error);
+        match failure.hint {
+            Some(_) => failure,
+            None => failure
+                .hint(format!("the copies are kept: petra volume upload {} goes on", upload.id())),
+        }
+    })?;
+    session.out.say(&summary(&record));
+    Ok(record)
+}
+
+/// The run that an upload goes to.
+fn url_of(target: &Target) -> Result<PetraUrl, Failure> {
+    let repository = target.repository.parse::<PetraUrl>()?.repository;
+    let (experiment, run) = (target.experiment.clone(), target.run.clone());
+    Ok(PetraUrl { repository, item: Item::Run { experiment, run } })
+}
+
+/// `AS=VOLUME`, or a volume's name.
+fn named(text: &str) -> Result<(Name, Name), Failure> {
+    let (name, volume) = text.split_once('=').unwrap_or((text, text));
+    Ok((Name::new("volume", volume)?, Name::new("volume", name)?))
+}
