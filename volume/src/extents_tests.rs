@@ -68,13 +68,13 @@ proptest! {
 fn an_answer_that_overlaps_itself_is_not_believed() {
     let torn = map(&[extent(0, 1000, 10, 0), extent(20, 1020, 10, 0), extent(25, 1025, 10, 0)]);
     let whole = map(&[extent(0, 1000, 40, 0)]);
-    assert_eq!(differing(&torn, &whole), [10..END]);
+    assert_eq!(differing(&torn, &whole), std::slice::from_ref(&(10..END)));
 }
 
 #[test]
 fn maps_of_different_ranges_have_nothing_in_common() {
     let a = ExtentMap { range: 0..10, stretches: vec![] };
     let b = ExtentMap { range: 0..20, stretches: vec![] };
-    assert_eq!(differing(&a, &b), [0..20]);
+    assert_eq!(differing(&a, &b), std::slice::from_ref(&(0..20)));
     assert_eq!(differing(&a, &a), []);
 }

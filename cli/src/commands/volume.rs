@@ -262,7 +262,7 @@ fn info(volume: &petra_volume::Volume, session: &Session) -> Result<(), Failure>
         let state = &stats.state;
         let mut fields = Fields::default();
         fields
-            .add("name", &state.name.to_string())
+            .add("name", state.name.to_string())
             .add("id", state.id.to_string())
             .add("created", time(state.created))
             .add("size", bytes(state.size_bytes))

@@ -215,7 +215,7 @@ async fn a_parent_that_is_damaged_is_not_spliced() {
     pack[16..root.offset as usize].fill(0);
     repo.store().put(&key, pack.into()).await.unwrap();
     for index_chunks in [64, 1 << 20] {
-        let told = Told::new(&volume, first.id, vec![10..20]);
+        let told = Told::new(&volume, first.id, vec![10..20, 30..40]);
         let request = SnapshotRequest { parent: Parent::Snapshot(first.id), ..told.request() };
         let taken = snapshot(&repo, request, &small(2, index_chunks)).await.unwrap();
         assert!(told.read.load(Ordering::Relaxed) >= volume.data_bytes());

@@ -73,16 +73,12 @@ impl Part {
 
     /// Takes the copy. A mounted file system is frozen meanwhile.
     fn finish(&mut self) -> Result<()> {
-        match (&self.mount, &self.device) {
-            (None, Some(device)) => {
-                // Someone may write to the device itself. What he wrote before is in the copy.
-                let opened = File::open(device).and_then(|file| file.sync_all());
-                opened.map_err(Error::io("sync", device))?;
-                self.copy.finish()
-            }
-            // Frozen, or without a device, and nobody attaches it while it is locked.
-            _ => self.copy.finish(),
+        if let (None, Some(device)) = (&self.mount, &self.device) {
+            // Someone may write to the device itself. What he wrote before is to be in the copy.
+            let opened = File::open(device).and_then(|file| file.sync_all());
+            opened.map_err(Error::io("sync", device))?;
         }
+        self.copy.finish()
     }
 }
 

@@ -19,6 +19,9 @@ use crate::pool::lock::Lock;
 use crate::pool::{BaseState, Pool, entries, state};
 use crate::volume::Volume;
 
+/// Volumes of a snapshot.
+type Sources = Vec<(Name, Arc<dyn Source>)>;
+
 /// Copies on their way to a repository. No other process works on them while this is there.
 #[derive(Debug)]
 pub struct Upload {
@@ -179,13 +182,9 @@ impl Upload {
     }
 
     /// The copies as sources, and the snapshot that they are best compared with.
-    fn sources(
-        &self,
-        repo: &Repository,
-    ) -> Result<(Vec<(Name, Arc<dyn Source>)>, Option<SnapshotId>)> {
+    fn sources(&self, repo: &Repository) -> Result<(Sources, Option<SnapshotId>)> {
         let rate = self.state.rate_bytes_per_s.map(|rate| Arc::new(Rate::new(rate)));
-        let mut sources: Vec<(Name, Arc<dyn Source>)> =
-            Vec::with_capacity(self.state.volumes.len());
+        let mut sources: Sources = Vec::with_capacity(self.state.volumes.len());
         let mut parent = None;
         for part in &self.state.volumes {
             let Some((volume, state)) = find(&self.pool, part)? else {
