@@ -51,7 +51,7 @@ pub struct VolumeReader {
     nodes: Cache<(u8, u64), Node>,
     leaves: Cache<u64, Leaf>,
     /// Frames of segments that are being fetched, or were just now.
-    under_way: Mutex<HashMap<(u64, FrameLocation), WeakShared<BoxFuture<'static, Fetched>>>>,
+    under_way: Mutex<HashMap<(u64, FrameLocation), UnderWay>>,
     recent: Mutex<Recent>,
 }
 
@@ -108,6 +108,8 @@ pub struct DamagedRange {
 /// What a batch of frames brought: the same for all who wait for it.
 type Fetched = Result<Arc<Batch>, Arc<Error>>;
 type Fetching = Shared<BoxFuture<'static, Fetched>>;
+/// The same, without keeping it alive.
+type UnderWay = WeakShared<BoxFuture<'static, Fetched>>;
 
 /// The chunks of some frames.
 #[derive(Debug)]
@@ -301,7 +303,10 @@ impl VolumeReader {
                 let error = Arc::new(loss.error);
                 ranges.into_iter().map(move |range| DamagedRange { range, error: error.clone() })
             });
-            Ok(Arc::new(Batch { pieces: std::mem::take(&mut *sink.pieces()), lost: lost.collect() }))
+            Ok(Arc::new(Batch {
+                pieces: std::mem::take(&mut *sink.pieces()),
+                lost: lost.collect(),
+            }))
         };
         run.boxed().shared()
     }
@@ -518,7 +523,3 @@ impl<K: Copy + Eq + std::hash::Hash, V> Cache<K, V> {
         cell.clone()
     }
 }
-
-#[cfg(test)]
-#[path = "reader_tests.rs"]
-mod tests;

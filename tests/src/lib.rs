@@ -5,6 +5,7 @@
 pub mod disk;
 pub mod host;
 pub mod lab;
+pub mod lazy;
 pub mod loop_device;
 pub mod mount;
 pub mod outcomes;

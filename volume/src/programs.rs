@@ -111,14 +111,13 @@ fn server_args(options: &ServerOptions) -> Vec<OsString> {
     let mut args: Vec<OsString> = vec![];
     for (name, value) in [
         ("--volume", volume.id.to_string().into()),
-        ("--bytes", volume.len_bytes.to_string().into()),
+        ("--length", volume.len_bytes.to_string().into()),
         ("--image", image.as_os_str().to_owned()),
         ("--presence", presence.as_os_str().to_owned()),
         ("--working", working.as_os_str().to_owned()),
         ("--mount", mount.as_os_str().to_owned()),
-        ("--socket", socket.as_os_str().to_owned()),
+        ("--agent", socket.as_os_str().to_owned()),
         ("--patience", patience.as_secs().to_string().into()),
-        ("--server-threads", options.threads.to_string().into()),
     ] {
         args.extend([name.into(), value]);
     }

@@ -8,6 +8,7 @@ mod diff;
 mod doctor;
 mod du;
 mod gc;
+mod image_server;
 mod info;
 mod init;
 mod key;
@@ -79,7 +80,7 @@ pub enum Command {
     Doctor(doctor::Doctor),
     /// Serve the image of a lazy clone; started by whoever attaches one
     #[command(hide = true)]
-    ImageServer(agent::ImageServer),
+    ImageServer(image_server::ImageServer),
     /// Thaw file systems if the process that froze them dies; started by whoever freezes
     #[command(hide = true, name = volume_snapshot::FREEZE_GUARD)]
     FreezeGuard,
@@ -114,7 +115,7 @@ impl Command {
             Self::Clone(command) => command.run(session).await,
             Self::Mount(command) => command.run(session).await,
             Self::Unmount(command) => command.run(session).await,
-            Self::ImageServer(command) => command.run(),
+            Self::ImageServer(command) => command.run(session).await,
             Self::Pool(command) => command.run(session).await,
             Self::Volume(command) => command.run(session).await,
             // It never comes here: a guard is started without all that commands need.

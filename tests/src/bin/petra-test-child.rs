@@ -4,6 +4,7 @@
 //! petra-test-child snapshot|restore DIR     again and again, until it is killed
 //! petra-test-child volumes POOL             makes, copies, clones and deletes volumes until it is killed
 //! petra-test-child credentials ENDPOINT     prints how an S3 store fails that finds none in the environment
+//! petra-test-child image-server DIR ...     serves a lazy image (see `petra_tests::lazy`)
 //! ```
 
 #![expect(
@@ -39,6 +40,9 @@ async fn main() {
         "credentials" => return credentials(place).await,
         "volumes" => return volumes(Path::new(place)),
         _ => {}
+    }
+    if verb == "image-server" {
+        return petra_tests::lazy::image_server(&arguments[1..]);
     }
     let dir = Path::new(place);
     let repo = Repository::open(Arc::new(LocalStore::new(&dir.join("repo")))).await.unwrap();

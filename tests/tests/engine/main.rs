@@ -19,6 +19,7 @@ mod incremental;
 mod kill;
 mod probing;
 mod pruning;
+mod reader;
 mod repair;
 mod roundtrip;
 mod sendable;

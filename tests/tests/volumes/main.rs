@@ -9,6 +9,7 @@
 mod copies;
 mod freeze;
 mod incremental;
+mod lazy;
 mod pool;
 mod recovery;
 mod snapshot;

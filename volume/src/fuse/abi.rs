@@ -19,7 +19,6 @@ pub(super) const OUT_HEADER: usize = 16;
 /// Bytes before the data of a write.
 pub(super) const WRITE_HEADER: usize = IN_HEADER + 40;
 
-
 /// Flags of INIT.
 pub(super) mod init {
     pub(crate) const ASYNC_READ: u64 = 1 << 0;
@@ -60,27 +59,55 @@ pub(super) struct Request<'a> {
 /// What is asked.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Operation<'a> {
-    Init { major: u32, minor: u32, max_readahead: u32, flags: u64 },
-    Lookup { name: &'a [u8] },
+    Init {
+        major: u32,
+        minor: u32,
+        max_readahead: u32,
+        flags: u64,
+    },
+    Lookup {
+        name: &'a [u8],
+    },
     Forget,
     GetAttr,
     SetAttr,
-    Open { flags: u32 },
-    Read { offset: u64, len: u32 },
-    Write { offset: u64, data: &'a [u8] },
+    Open {
+        flags: u32,
+    },
+    Read {
+        offset: u64,
+        len: u32,
+    },
+    Write {
+        offset: u64,
+        data: &'a [u8],
+    },
     StatFs,
     Release,
     Fsync,
     Flush,
     OpenDir,
-    ReadDir { offset: u64, len: u32 },
-    Interrupt { of: u64 },
+    ReadDir {
+        offset: u64,
+        len: u32,
+    },
+    Interrupt {
+        of: u64,
+    },
     Destroy,
-    Fallocate { offset: u64, len: u64, mode: u32 },
+    Fallocate {
+        offset: u64,
+        len: u64,
+        mode: u32,
+    },
     /// Nothing that a file system with one file needs.
-    Other { opcode: u32 },
+    Other {
+        opcode: u32,
+    },
     /// Known, but not what it must look like.
-    Malformed { opcode: u32 },
+    Malformed {
+        opcode: u32,
+    },
 }
 
 /// Reads a request; `None` if not even its header is there.
@@ -137,7 +164,6 @@ fn operation(opcode: u32, body: &[u8]) -> Option<Operation<'_>> {
         opcode => Operation::Other { opcode },
     })
 }
-
 
 /// Numbers, one after the other.
 struct Fields<'a>(&'a [u8]);
@@ -243,7 +269,16 @@ impl Body {
     /// `fuse_statfs_out`.
     pub(super) fn statfs(len_bytes: u64) -> Self {
         let blocks = len_bytes.div_ceil(4096);
-        Self::default().u64(blocks).u64(0).u64(0).u64(1).u64(0).u32(4096).u32(255).u32(4096).zeros(28)
+        Self::default()
+            .u64(blocks)
+            .u64(0)
+            .u64(0)
+            .u64(1)
+            .u64(0)
+            .u32(4096)
+            .u32(255)
+            .u32(4096)
+            .zeros(28)
     }
 
     /// `fuse_write_out`.

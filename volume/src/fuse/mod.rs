@@ -13,4 +13,5 @@
 mod abi;
 mod session;
 
+pub(crate) use session::resident;
 pub use session::{File, IMAGE_NAME, Negotiated, Reply, Session, Zeroing};

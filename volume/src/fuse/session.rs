@@ -10,7 +10,7 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use memmap2::MmapMut;
+use memmap2::{MmapMut, MmapOptions};
 use rustix::io::{Errno, readv, writev};
 use rustix::mount::{MountFlags, mount};
 
@@ -108,7 +108,8 @@ impl Session {
             "fd={},rootmode=40000,user_id=0,group_id=0,default_permissions",
             device.as_raw_fd()
         );
-        let options = CString::new(options).map_err(|_| Error::Internal("a NUL in mount options"))?;
+        let options =
+            CString::new(options).map_err(|_| Error::Internal("a NUL in mount options"))?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOATIME;
         mount("petra", at, "fuse.petra", flags, options.as_c_str())
             .map_err(Error::io("mount", at))?;
@@ -154,13 +155,13 @@ impl Session {
 
     /// Serves requests in this thread until the file system is unmounted. Several threads may do so.
     pub fn serve(&self, file: &dyn File) -> Result<()> {
-        let oom = Error::io("allocate a buffer for", "/dev/fuse");
+        // What this thread allocates must not wait for writes that may come back to it. Refused to a process without
+        // CAP_SYS_RESOURCE, which can do without while memory is not short.
+        let _ = rustix::process::configure_io_flusher_behavior(true);
         // The data of a write begins with a page, so that it can go on to the disk as it is.
         let first = PAGE - abi::WRITE_HEADER;
         let len = PAGE + self.negotiated.max_write as usize;
-        let (mut input, mut buffer) = MmapMut::map_anon(len)
-            .and_then(|input| Ok((input, MmapMut::map_anon(self.buffer_bytes())?)))
-            .map_err(oom)?;
+        let (mut input, mut buffer) = (resident(len)?, resident(self.buffer_bytes())?);
         loop {
             let place = input.get_mut(first..).unwrap_or_default();
             let read = match readv(&*self.device, &mut [IoSliceMut::new(place)]) {
@@ -269,6 +270,17 @@ impl Session {
             _ => reply.error(Errno::NOSYS),
         }
     }
+}
+
+/// Memory that begins with a page and stays in memory. The kernel copies requests and answers from and to it: when a
+/// page has to be brought in first and the process is killed at that moment, the request is lost with an I/O error
+/// instead of going to the successor.
+pub(crate) fn resident(bytes: usize) -> Result<MmapMut> {
+    let memory = MmapOptions::new().len(bytes).populate().map_anon();
+    let memory = memory.map_err(Error::io("allocate a buffer for", "/dev/fuse"))?;
+    // Beyond a limit of the process it may be swapped out, which is slower and a little less safe.
+    let _ = memory.lock();
+    Ok(memory)
 }
 
 /// Answers the kernel's first request.

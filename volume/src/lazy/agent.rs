@@ -255,9 +255,7 @@ pub async fn serve(
         poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&DEATH))
     });
     match dead.await {
-        Ok(Ok(1..)) => {
-            Ok(End::Died(Inheritance { device, negotiated: hello.negotiated }))
-        }
+        Ok(Ok(1..)) => Ok(End::Died(Inheritance { device, negotiated: hello.negotiated })),
         Ok(Ok(0) | Err(Errno::INTR)) => Ok(End::Disconnected),
         Ok(Err(error)) => Err(Error::io("watch", "an image server")(error)),
         Err(_) => Err(Error::Internal("a wait for an image server panicked")),
@@ -711,12 +709,14 @@ fn split(pieces: Vec<Piece>, within: &Range<u64>) -> (Vec<Piece>, Vec<Piece>) {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "lists of ranges are what is meant")]
 mod tests {
     use super::*;
 
     #[test]
     fn pieces_are_divided_at_the_bounds() {
-        let data = |offset: u64, bytes: &'static [u8]| Piece::Data { offset, bytes: Bytes::from(bytes) };
+        let data =
+            |offset: u64, bytes: &'static [u8]| Piece::Data { offset, bytes: Bytes::from(bytes) };
         let (inside, outside) = split(vec![data(0, b"abcdef"), Piece::Zeros(6..9)], &(2..7));
         assert_eq!(inside, [data(2, b"cdef"), Piece::Zeros(6..7)]);
         assert_eq!(outside, [data(0, b"ab"), Piece::Zeros(7..9)]);

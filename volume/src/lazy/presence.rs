@@ -157,7 +157,11 @@ impl VolumeIdentity {
             return Err(damaged("it is no presence map of a lazy image".to_owned()));
         }
         if version > VERSION {
-            return Err(Error::Version { path: path.to_owned(), found: version, supported: VERSION });
+            return Err(Error::Version {
+                path: path.to_owned(),
+                found: version,
+                supported: VERSION,
+            });
         }
         let boot = BootId(boot);
         let own = self.header(magic, boot);
@@ -539,9 +543,8 @@ impl<M: Medium> Presence<M> {
             let written = pages
                 .iter()
                 .try_for_each(|(page, words)| durable.write(page + 1, words.iter().copied()));
-            let synced = written.and_then(|()| {
-                if pages.is_empty() { Ok(()) } else { durable.medium.sync() }
-            });
+            let synced = written
+                .and_then(|()| if pages.is_empty() { Ok(()) } else { durable.medium.sync() });
             synced.map_err(Error::io("write", &self.path))
         });
         for (page, _) in &pages {
@@ -618,8 +621,7 @@ fn create_working(
     new.push(".new");
     let new = PathBuf::from(new);
     let mut options = OpenOptions::new();
-    let file =
-        options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&new);
+    let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&new);
     let file = file.map_err(Error::io("create", &new))?;
     let len = (SLOT + 8 * identity.words()) as u64;
     // All of it at once: a tmpfs that is full later would answer a set bit with a signal.

@@ -113,16 +113,26 @@ struct Image {
 #[derive(Clone, Debug)]
 enum Step {
     /// Writes, as the image server does: data, then bits.
-    Write { start: u64, len: u64 },
+    Write {
+        start: u64,
+        len: u64,
+    },
     /// As a write whose process dies between data and bits.
-    HalfWrite { start: u64 },
+    HalfWrite {
+        start: u64,
+    },
     Sync,
     /// The disk fails at this operation of a sync; `data` says whether the image's sync comes through.
-    FailedSync { at: usize, data: bool },
+    FailedSync {
+        at: usize,
+        data: bool,
+    },
     /// The image server is killed and started again.
     Kill,
     /// The power goes, and the machine starts again.
-    PowerCut { luck: Vec<u8> },
+    PowerCut {
+        luck: Vec<u8>,
+    },
     Close,
 }
 
@@ -244,7 +254,8 @@ impl Machine {
                 // What the machine remembers is what is there now.
                 let there = self.there();
                 let kept = self.image.current.iter().zip(there);
-                self.acknowledged = kept.map(|(write, there)| if there { *write } else { 0 }).collect();
+                self.acknowledged =
+                    kept.map(|(write, there)| if there { *write } else { 0 }).collect();
                 self.flushed.clone_from(&self.acknowledged);
             }
             Step::Close => {

@@ -30,9 +30,7 @@ struct Stream {
 impl ReadAhead {
     /// Takes note of a read; gives what should be asked for beyond it, if it follows another.
     pub(super) fn note(&mut self, read: &Range<u64>, len_bytes: u64) -> Option<Range<u64>> {
-        let follows = |stream: &Stream| {
-            (stream.end..=stream.end + GAP_BYTES).contains(&read.start)
-        };
+        let follows = |stream: &Stream| (stream.end..=stream.end + GAP_BYTES).contains(&read.start);
         let Some(at) = self.streams.iter().position(follows) else {
             if self.streams.len() == STREAMS {
                 self.streams.remove(0);

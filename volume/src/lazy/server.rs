@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use memmap2::MmapMut;
 use rustix::io::Errno;
 
 use super::image::LocalImage;
@@ -21,7 +20,7 @@ use super::readahead::ReadAhead;
 use super::waits::{WINDOW_BLOCKS, Waits};
 use super::wire::ToAgent;
 use crate::error::{Error, Result};
-use crate::fuse::{File, Negotiated, Reply, Session, Zeroing};
+use crate::fuse::{File, Negotiated, Reply, Session, Zeroing, resident};
 
 /// How long a successor waits for the files of a server that is dying.
 const PREDECESSOR: Duration = Duration::from_secs(30);
@@ -155,12 +154,9 @@ impl Server {
         let begun = Instant::now();
         let boot = BootId::current()?;
         let presence = loop {
-            let opened =
-                Presence::open(&options.presence, &options.working, options.volume, boot);
+            let opened = Presence::open(&options.presence, &options.working, options.volume, boot);
             match opened {
-                Err(Error::Busy { .. })
-                    if inherited.is_some() && begun.elapsed() < PREDECESSOR =>
-                {
+                Err(Error::Busy { .. }) if inherited.is_some() && begun.elapsed() < PREDECESSOR => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 opened => break opened?,
@@ -191,8 +187,7 @@ impl Server {
             socket: options.socket.clone(),
             device: session.device(),
             negotiated: session.negotiated(),
-            buffer: MmapMut::map_anon(super::wire::MAX_BODY + session.buffer_bytes())
-                .map_err(Error::io("allocate a buffer for", &options.image))?,
+            buffer: resident(super::wire::MAX_BODY + session.buffer_bytes())?,
         };
         spawn("link", move || link.run())?;
         let clock = inner.clone();
@@ -208,7 +203,9 @@ impl Server {
             threads.push(spawn("fuse", move || session.serve(&*inner))?);
         }
         for thread in threads {
-            thread.join().map_err(|_| Error::Internal("a thread of the image server panicked"))??;
+            thread
+                .join()
+                .map_err(|_| Error::Internal("a thread of the image server panicked"))??;
         }
         self.inner.ending.store(true, Ordering::Relaxed);
         let closed = self.inner.image.close();

@@ -51,7 +51,8 @@ impl<T> Waits<T> {
         let mut ranges: Vec<Range<u64>> = Vec::new();
         for number in windows(blocks) {
             let known = self.windows.get(&number);
-            if known.is_some_and(|window| window.urgent || !urgent) || !is_absent(blocks_of(number)) {
+            if known.is_some_and(|window| window.urgent || !urgent) || !is_absent(blocks_of(number))
+            {
                 continue;
             }
             let window = self.windows.entry(number);
@@ -154,6 +155,7 @@ fn push(ranges: &mut Vec<Range<u64>>, window: u64) {
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "lists of ranges are what is meant")]
 mod tests {
     use super::*;
 

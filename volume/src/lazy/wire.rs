@@ -396,9 +396,8 @@ mod tests {
     use super::*;
 
     fn any_range() -> impl Strategy<Value = Range<u64>> {
-        (any::<u32>(), 1..u32::MAX).prop_map(|(start, len)| {
-            u64::from(start)..u64::from(start) + u64::from(len)
-        })
+        (any::<u32>(), 1..u32::MAX)
+            .prop_map(|(start, len)| u64::from(start)..u64::from(start) + u64::from(len))
     }
 
     fn any_to_agent() -> impl Strategy<Value = ToAgent> {
@@ -407,9 +406,13 @@ mod tests {
         prop_oneof![
             hello.prop_map(|(id, len_bytes, minor, max_write, resend)| {
                 let volume = VolumeIdentity { id: SnapshotId::from_bytes(id), len_bytes };
-                ToAgent::Hello(Hello { volume, negotiated: Negotiated { minor, max_write, resend } })
+                ToAgent::Hello(Hello {
+                    volume,
+                    negotiated: Negotiated { minor, max_write, resend },
+                })
             }),
-            (any_range(), any::<bool>()).prop_map(|(range, urgent)| ToAgent::Want { range, urgent }),
+            (any_range(), any::<bool>())
+                .prop_map(|(range, urgent)| ToAgent::Want { range, urgent }),
             (any::<u64>(), any::<u64>(), ranges())
                 .prop_map(|(question, end, ranges)| ToAgent::Absent { question, end, ranges }),
             (any::<u64>(), ranges())

@@ -232,7 +232,7 @@ mod tests {
                 number: 1,
                 volume: VolumeRecord::new(name.clone(), 1 << 30, 0, Child::Zero),
                 pin: id,
-                start: Some(StartList::new([0..4096])),
+                start: Some(StartList::new([0..4096, 1 << 20..2 << 20])),
                 hydrated: false,
             }),
             base: Some(BaseState { copy: id, repository: id, snapshot: id, volume: name }),
