@@ -79,7 +79,8 @@ impl ClonePin {
     pub async fn end(&self, ctx: &Context) -> Result<()> {
         let end = End { stamp: stamp(ctx) };
         let key = Key::end(self.id);
-        self.repo.store().put(&key, self.repo.seal(kind::END, &key, &end)?).await?;
+        // Whoever ended it before ended it as well.
+        self.repo.store().create(&key, self.repo.seal(kind::END, &key, &end)?).await?;
         // A pin that stays is void all the same; collectors remove it.
         let _ = self.repo.store().delete(&Key::pin(self.id, 0)).await;
         Ok(())

@@ -16,6 +16,8 @@ use crate::repository::Repository;
 
 /// Ranges of one list: a mount needs some dozens.
 const MAX_RANGES: usize = 4096;
+/// Bytes of all ranges together: what is read later is not what a mount needs.
+const MAX_BYTES: u64 = 16 << 20;
 /// Neighbours closer than this are one range: fetching needs whole frames anyway.
 const NEAR_BYTES: u64 = 64 << 10;
 
@@ -34,8 +36,13 @@ struct Stored {
 impl StartList {
     /// Makes a list from what was read, in any order. Of too many ranges, those read first stay.
     pub fn new(read: impl IntoIterator<Item = Range<u64>>) -> Self {
-        let mut ranges: Vec<_> = read.into_iter().filter(|range| !range.is_empty()).collect();
-        ranges.truncate(MAX_RANGES);
+        let mut bytes = 0;
+        let fits = |range: &Range<u64>| {
+            bytes += range.end - range.start;
+            bytes <= MAX_BYTES
+        };
+        let read = read.into_iter().filter(|range| !range.is_empty());
+        let mut ranges: Vec<_> = read.take(MAX_RANGES).take_while(fits).collect();
         ranges.sort_by_key(|range| range.start);
         let mut merged: Vec<Range<u64>> = Vec::new();
         for range in ranges {
@@ -114,9 +121,9 @@ mod tests {
 
     #[test]
     fn reads_what_it_writes_and_refuses_the_impossible() {
-        let list = StartList::new([0..10, 1 << 40..1 << 41]);
+        let list = StartList::new([0..10, 1 << 40..(1 << 40) + 4096, 0..1 << 24]);
         let text = serde_json::to_string(&list).unwrap();
-        assert_eq!(text, r#"{"ranges":[[0,10],[1099511627776,1099511627776]]}"#);
+        assert_eq!(text, r#"{"ranges":[[0,10],[1099511627776,4096]]}"#);
         assert_eq!(serde_json::from_str::<StartList>(&text).unwrap(), list);
         assert!(
             serde_json::from_str::<StartList>(r#"{"ranges":[[18446744073709551615,2]]}"#).is_err()

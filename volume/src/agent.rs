@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! image server --(socket)--> agent: reads from the repository, hydrates            [crate::lazy::agent]
-//!   died -> a successor gets its descriptor         hydrated -> the pin ends, a read-only device is handed over
+//!   died -> a successor gets its descriptor         hydrated -> the pin ends
 //! every minute: pins that hold data for nothing end                                [crate::pool::pins]
 //! ```
 //!
@@ -254,7 +254,7 @@ impl Agent {
         .await
     }
 
-    /// Ends the pin, and lets a read-only device go on with the image itself.
+    /// Ends the pin. The device goes on with its image server until it is attached the next time.
     async fn hydrated(&self, volume: &Volume, repo: &Repository) -> Result<()> {
         tracing::info!(volume = %volume.name(), "all its data is here");
         let volume = volume.clone();
@@ -271,9 +271,6 @@ impl Agent {
                     lazy.hydrated = true;
                 }
             })?;
-            if let Err(error) = locked.hand_over() {
-                tracing::warn!(volume = %volume.name(), %error, "it stays with its image server");
-            }
             Ok(Some(noted))
         })
         .await?;

@@ -186,7 +186,7 @@ pub async fn remove(
     let pool = volume.volume().pool().clone();
     let lazy = volume.state().lazy.clone();
     clones::delete(volume, copies_matter)?;
-    let Some(lazy) = lazy else { return Ok(()) };
+    let Some(lazy) = lazy.filter(|lazy| !lazy.hydrated) else { return Ok(()) };
     let url = session.url(&lazy.repository)?;
     let settled = async {
         let repository = session.open(&url).await?;

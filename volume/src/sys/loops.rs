@@ -19,7 +19,6 @@ const CTL_GET_FREE: Opcode = 0x4C82;
 const CONFIGURE: Opcode = 0x4C0A;
 const CLR_FD: Opcode = 0x4C01;
 const GET_STATUS64: Opcode = 0x4C05;
-const CHANGE_FD: Opcode = 0x4C06;
 const SET_CAPACITY: Opcode = 0x4C07;
 
 const READ_ONLY: u32 = 1;
@@ -227,14 +226,6 @@ impl LoopDevice {
         let node = self.open(false)?;
         // SAFETY: the opcode takes nothing that it reads.
         Ok(unsafe { ioctl(&node, IntegerSetter::<SET_CAPACITY>::new_usize(0)) }?)
-    }
-
-    /// Lets a read-only device go on with another file of the same bytes, under whoever uses it.
-    pub(crate) fn change(self, image: &File) -> io::Result<()> {
-        let node = self.open(false)?;
-        let fd = usize::try_from(image.as_raw_fd()).map_err(|_| Errno::BADF)?;
-        // SAFETY: the opcode takes a descriptor, which `image` keeps open during the call.
-        Ok(unsafe { ioctl(&node, IntegerSetter::<CHANGE_FD>::new_usize(fd)) }?)
     }
 
     /// The device's path.

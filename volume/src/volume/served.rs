@@ -143,23 +143,6 @@ impl LockedVolume {
         }
         Ok(())
     }
-
-    /// Lets a read-only device go on with the local image, under whoever uses it, and ends the image server.
-    pub(crate) fn hand_over(&mut self) -> Result<bool> {
-        let Some((device, backing)) = self.volume.attachments()?.into_iter().next() else {
-            return Ok(false);
-        };
-        if !backing.read_only {
-            return Ok(false);
-        }
-        let image = self.volume.image();
-        let file = File::open(&image).map_err(Error::io("open", &image))?;
-        device.change(&file).map_err(Error::io("hand over", device.path()))?;
-        self.end_server()?;
-        self.change(|state| state.lazy = None)?;
-        remove(self.volume.presence())?;
-        Ok(true)
-    }
 }
 
 /// The agent's socket, in the pool's run directory.
