@@ -11,7 +11,9 @@ use crate::text::quoted;
 pub fn hint(error: &Error) -> Option<String> {
     Some(match error {
         Error::Unknown { what: "pool", .. } => {
-            "make one with: petra pool init DIR, or petra pool init FILE.img --size 20G".to_owned()
+            "if it is there, its file system is not mounted; petra pool init DIR, or petra pool init \
+             FILE.img --size 20G, makes one"
+                .to_owned()
         }
         Error::Unknown { name, known, .. } => match nearest(name, known).first() {
             Some(near) => format!("did you mean {near:?}? petra volume ls lists all"),

@@ -1,9 +1,11 @@
 //! `petra volume`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
-use petra_engine::Name;
+use jiff::Timestamp;
+use petra_engine::{Name, SnapshotId};
+use petra_volume::Space;
 use petra_volume::pool::{CreateRequest, Filesystem};
 use petra_volume::volume::{Stats, Usage};
 use serde::Serialize;
@@ -116,23 +118,71 @@ fn name(text: &str) -> Result<Name, Failure> {
     Ok(Name::new("volume", text)?)
 }
 
+/// A volume as a document.
 #[derive(Serialize)]
-struct List {
-    volumes: Vec<Entry>,
+struct View<'a> {
+    name: &'a Name,
+    id: SnapshotId,
+    size_bytes: u64,
+    sector_bytes: u32,
+    filesystem: Filesystem,
+    created: Timestamp,
+    /// The URL of the snapshot that it was made from.
+    origin: Option<&'a str>,
+    /// Some of its data is not here yet.
+    lazy: bool,
+    /// The snapshot that the next one is compared with.
+    base: Option<SnapshotId>,
+    copies: usize,
+    allocated_bytes: u64,
+    device: Option<&'a Path>,
+    read_only: Option<bool>,
+    direct_io: Option<bool>,
+    mounts: &'a [PathBuf],
+    filesystem_space: Option<Space>,
 }
 
-/// A volume, or why it can't be read.
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Entry {
-    Whole(Box<Stats>),
-    Unreadable { name: Name, error: String },
+impl<'a> View<'a> {
+    fn new(stats: &'a Stats) -> Self {
+        let (state, attachment) = (&stats.state, stats.attachment.as_ref());
+        Self {
+            name: &state.name,
+            id: state.id,
+            size_bytes: state.size_bytes,
+            sector_bytes: state.sector_bytes,
+            filesystem: state.filesystem,
+            created: state.created,
+            origin: state.origin.as_deref(),
+            lazy: state.lazy.is_some(),
+            base: state.base.as_ref().map(|base| base.snapshot),
+            copies: state.copies.len(),
+            allocated_bytes: stats.allocated_bytes,
+            device: attachment.map(|found| found.device.as_path()),
+            read_only: attachment.map(|found| found.read_only),
+            direct_io: attachment.map(|found| found.direct_io),
+            mounts: &stats.mounts,
+            filesystem_space: stats.filesystem_space,
+        }
+    }
 }
 
 #[derive(Serialize)]
-struct Info {
+struct List<'a> {
+    volumes: Vec<View<'a>>,
+    unreadable: Vec<Unreadable>,
+}
+
+/// A volume that could not be looked at.
+#[derive(Serialize)]
+struct Unreadable {
+    name: Name,
+    error: String,
+}
+
+#[derive(Serialize)]
+struct Info<'a> {
     #[serde(flatten)]
-    stats: Stats,
+    volume: View<'a>,
     usage: Usage,
     image: PathBuf,
 }
@@ -204,22 +254,23 @@ fn report(
     text: impl FnOnce(&Stats) -> String,
 ) -> Result<(), Failure> {
     let stats = volume.stats()?;
-    session.out.report(&stats, || text(&stats))
+    session.out.report(&View::new(&stats), || text(&stats))
 }
 
 fn list(pool: &PoolOption, session: &Session) -> Result<(), Failure> {
-    let mut volumes = vec![];
+    let (mut found, mut unreadable) = (vec![], vec![]);
     for volume in pool.open()?.volumes()? {
-        volumes.push(match volume.stats() {
-            Ok(stats) => Entry::Whole(Box::new(stats)),
+        match volume.stats() {
+            Ok(stats) => found.push(stats),
             // Deleted since it was listed.
-            Err(petra_volume::Error::Unknown { .. }) => continue,
+            Err(petra_volume::Error::Unknown { .. }) => {}
             Err(error) => {
-                Entry::Unreadable { name: volume.name().clone(), error: error.to_string() }
+                let error = error.to_string();
+                unreadable.push(Unreadable { name: volume.name().clone(), error });
             }
-        });
+        }
     }
-    let document = List { volumes };
+    let document = List { volumes: found.iter().map(View::new).collect(), unreadable };
     session.out.report(&document, || {
         let mut table = Table::new(&[
             ("NAME", Side::Left),
@@ -229,21 +280,22 @@ fn list(pool: &PoolOption, session: &Session) -> Result<(), Failure> {
             ("DEVICE", Side::Left),
             ("MOUNTED AT", Side::Left),
         ]);
-        for entry in &document.volumes {
-            match entry {
-                Entry::Whole(stats) => table.row([
-                    stats.state.name.to_string(),
-                    bytes(stats.state.size_bytes),
-                    bytes(stats.allocated_bytes),
-                    stats.state.filesystem.to_string(),
-                    device(stats),
-                    mounts(stats),
-                ]),
-                Entry::Unreadable { name, error } => table.row([name.as_str(), "", "", "", error]),
-            }
+        for stats in &found {
+            table.row([
+                stats.state.name.to_string(),
+                bytes(stats.state.size_bytes),
+                bytes(stats.allocated_bytes),
+                stats.state.filesystem.to_string(),
+                device(stats),
+                mounts(stats),
+            ]);
         }
         table.render()
-    })
+    })?;
+    for Unreadable { name, error } in &document.unreadable {
+        session.out.warn(&format!("volume {name}: {error}"));
+    }
+    Ok(())
 }
 
 fn device(stats: &Stats) -> String {
@@ -256,9 +308,10 @@ fn mounts(stats: &Stats) -> String {
 }
 
 fn info(volume: &petra_volume::Volume, session: &Session) -> Result<(), Failure> {
-    let document = Info { stats: volume.stats()?, usage: volume.usage()?, image: volume.image() };
+    let (stats, usage, image) = (volume.stats()?, volume.usage()?, volume.image());
+    let document = Info { volume: View::new(&stats), usage, image };
     session.out.report(&document, || {
-        let Info { stats, usage, image } = &document;
+        let Info { usage, image, .. } = &document;
         let state = &stats.state;
         let mut fields = Fields::default();
         fields
@@ -280,7 +333,7 @@ fn info(volume: &petra_volume::Volume, session: &Session) -> Result<(), Failure>
             fields.add("device", format!("{}{read_only}{cached}", attachment.device.display()));
         }
         if let Some(space) = &stats.filesystem_space {
-            fields.add("mounted at", mounts(stats)).add(
+            fields.add("mounted at", mounts(&stats)).add(
                 "free in it",
                 format!("{} of {}", bytes(space.free_bytes), bytes(space.total_bytes)),
             );

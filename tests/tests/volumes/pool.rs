@@ -133,7 +133,7 @@ fn pools_are_not_made_over_anything() {
     let error = said(init(Place::Directory(path("full"))));
     assert!(error.contains("not empty: it holds some"), "{error}");
     let error = said(init(Place::Directory("/dev/shm/petra-no-pool".into())));
-    fs::remove_dir("/dev/shm/petra-no-pool").unwrap();
+    assert!(!Path::new("/dev/shm/petra-no-pool").exists());
     assert!(error.contains("needs btrfs, or XFS with reflink"), "{error}");
     assert!(error.contains("tmpfs"), "{error}");
 
@@ -318,4 +318,33 @@ fn a_full_pool_refuses_new_volumes_before_writes_fail() {
         locked.delete(true).unwrap();
         lab.create("w", MIB, Filesystem::Raw);
     }
+}
+
+/// Each with a pool of its own opening, as processes have.
+#[test]
+fn makers_at_the_same_time() {
+    let Some(lab) = TestPool::new(BackendKind::Btrfs) else { return };
+    let quarter = lab.pool.status().unwrap().limit_bytes / 4 / 4096 * 4096;
+    let make = |name: String, size_bytes| {
+        let pool = lab.reopened();
+        pool.create(CreateRequest::new(volume_name(&name), size_bytes, Filesystem::Raw)).map(drop)
+    };
+    let all = |make: &(dyn Fn(u64) -> Result<(), Error> + Sync)| -> Vec<Result<(), Error>> {
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || make(n))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    };
+    let (made, refused): (Vec<_>, Vec<_>) =
+        all(&|_| make("same".to_owned(), MIB)).into_iter().partition(Result::is_ok);
+    assert_eq!((made.len(), refused.len()), (1, 7));
+    assert!(refused.iter().all(|error| matches!(error, Err(Error::Exists { .. }))), "{refused:?}");
+    lab.pool.volume(&volume_name("same")).unwrap().lock().unwrap().delete(true).unwrap();
+
+    let (made, refused): (Vec<_>, Vec<_>) =
+        all(&|n| make(format!("v {n}"), quarter)).into_iter().partition(Result::is_ok);
+    assert_eq!((made.len(), refused.len()), (4, 4), "no more than may be promised");
+    assert!(refused.iter().all(|error| matches!(error, Err(Error::NoRoom { .. }))), "{refused:?}");
+    assert_eq!(lab.pool.status().unwrap().volumes, 4);
+    assert!(lab.pool.recover().unwrap().done.is_empty());
 }

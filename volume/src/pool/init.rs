@@ -93,8 +93,14 @@ impl Pool {
         match &request.place {
             Place::Directory(root) => {
                 check_directory(root)?;
+                let is_new = !root.exists();
                 std::fs::create_dir_all(root).map_err(Error::io("create", root))?;
-                Ok(Initialised { pool: lay_out(root, request, host)?, mounted: None })
+                let made = lay_out(root, request, host).inspect_err(|_| {
+                    if is_new {
+                        let _ = std::fs::remove_dir(root);
+                    }
+                });
+                Ok(Initialised { pool: made?, mounted: None })
             }
             Place::Device { device, at } => {
                 check_mount_point(at)?;

@@ -3,15 +3,14 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
-
 use super::{LockedVolume, Volume};
+use crate::backend::IMAGE;
 use crate::error::{Error, Result};
 use crate::pool::state::{Filesystem, VolumeState};
 use crate::sys::loops::{Backing, LoopDevice, Options};
 
 /// The device of a volume.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
     /// Its path: `/dev/loop3`.
     pub device: PathBuf,
@@ -19,8 +18,6 @@ pub struct Attachment {
     pub read_only: bool,
     /// Its data goes around the page cache.
     pub direct_io: bool,
-    #[serde(skip)]
-    pub(crate) loop_device: LoopDevice,
 }
 
 impl Attachment {
@@ -29,7 +26,6 @@ impl Attachment {
             device: loop_device.path(),
             read_only: backing.read_only,
             direct_io: backing.direct_io,
-            loop_device,
         }
     }
 }
@@ -44,18 +40,21 @@ impl Volume {
     pub(crate) fn attachments(&self) -> Result<Vec<(LoopDevice, Backing)>> {
         let image = self.image();
         let failed = || Error::io("find the device of", self.image());
-        let metadata = match std::fs::metadata(&image) {
-            Ok(metadata) => metadata,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
-            Err(error) => return Err(Error::io("look at", image)(error)),
-        };
         // The file of an image server is known by its path: to ask a server that is away would block.
-        let served = self.lazy_directory().join(crate::backend::IMAGE);
+        let served = self.lazy_directory().join(IMAGE);
+        // The pool may be mounted elsewhere as well, so only the end of a path tells what can't be ours. To ask each device
+        // would take longer.
+        let end = Path::new(self.name.as_str()).join("live").join(IMAGE);
         let mut found = vec![];
         for device in LoopDevice::attached().map_err(failed())? {
-            if let Some(backing) = device.backing().map_err(failed())?
-                && (backing.is(&metadata) || device.backing_path().as_ref() == Some(&served))
-            {
+            let Some(path) = device.backing_path() else { continue };
+            if path != served && !path.ends_with(&end) {
+                continue;
+            }
+            let Some(backing) = device.backing().map_err(failed())? else { continue };
+            let is_ours = path == served
+                || std::fs::metadata(&image).is_ok_and(|metadata| backing.is(&metadata));
+            if is_ours {
                 found.push((device, backing));
             }
         }

@@ -46,7 +46,7 @@ impl LockedVolume {
         }
         // Only a device that is writable can be mounted so; a read-only mount can be of either.
         let attachment = match self.volume.attachment()? {
-            Some(attachment) if read_only => attachment,
+            Some(attachment) if read_only || !attachment.read_only => attachment,
             _ => self.attach(read_only)?,
         };
         let device = attachment.device;

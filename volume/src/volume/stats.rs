@@ -14,10 +14,9 @@ use crate::sys::fiemap::fiemap;
 use crate::sys::files::{self, Space};
 
 /// What is known of a volume at little cost.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stats {
     /// What its file says.
-    #[serde(flatten)]
     pub state: VolumeState,
     /// What its image takes of the pool, in bytes, with what it shares with copies and clones.
     pub allocated_bytes: u64,
