@@ -95,31 +95,35 @@ pub fn volume_name(name: &str) -> Name {
 
 /// Unmounts everything below a directory and detaches the devices of files in it.
 pub fn take_apart(directory: &Path) {
+    const ROUNDS: usize = 5;
+    for at in mounts_below(directory) {
+        // A frozen file system can't be unmounted.
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&at).output();
+    }
     // What stands on what is taken away layer by layer.
-    for _ in 0..4 {
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-        for at in points.filter(|at| Path::new(at).starts_with(directory)).collect::<Vec<_>>() {
-            // A frozen file system can't be unmounted.
-            let _ = Command::new("fsfreeze").args(["--unfreeze", at]).output();
-        }
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let mut points: Vec<&str> = mounts
-            .lines()
-            .filter_map(|line| line.split(' ').nth(4))
-            .filter(|at| Path::new(at).starts_with(directory))
-            .collect();
-        points.reverse();
-        for at in points {
-            let done = Command::new("umount").arg(at).output();
-            if !done.is_ok_and(|done| done.status.success()) {
-                let _ = Command::new("umount").args(["--lazy", at]).output();
+    for round in 1..=ROUNDS {
+        for at in mounts_below(directory) {
+            let mut umount = Command::new("umount");
+            if round == ROUNDS {
+                // Not before: then the devices on what was in it can't be found any more.
+                umount.arg("--lazy");
             }
+            let _ = umount.arg(&at).output();
         }
         for device in loop_devices_below(directory) {
             let _ = Command::new("losetup").arg("--detach").arg(device).output();
         }
     }
+}
+
+/// The mounts below a directory, the last first.
+fn mounts_below(directory: &Path) -> Vec<PathBuf> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    let points = points.map(|at| PathBuf::from(at.replace("\\040", " ")));
+    let mut points: Vec<PathBuf> = points.filter(|at| at.starts_with(directory)).collect();
+    points.reverse();
+    points
 }
 
 /// The loop devices that stand on files below a directory.

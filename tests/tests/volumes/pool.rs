@@ -276,7 +276,7 @@ fn a_full_pool_refuses_new_volumes_before_writes_fail() {
         let error = lab.pool.create(request).unwrap_err();
         assert!(matches!(error, Error::NoRoom { .. }), "{error}");
 
-        let volume = lab.create("v", 2 << 30, Filesystem::Ext4);
+        let volume = lab.create("v", 1 << 30, Filesystem::Ext4);
         let at = lab.path("at");
         let mut locked = volume.lock().unwrap();
         let early = copy(&mut locked);
@@ -296,7 +296,7 @@ fn a_full_pool_refuses_new_volumes_before_writes_fail() {
                 .unwrap_err(),
         );
         refused(locked.begin_copy().unwrap_err());
-        refused(locked.grow(3 << 30).unwrap_err());
+        refused(locked.grow(1100 * MIB).unwrap_err());
         // The application goes on in the reserve, and then gets an error that it can see.
         file.write_all(&vec![2; 8 << 20]).unwrap();
         file.sync_all().unwrap();
