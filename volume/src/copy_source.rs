@@ -10,7 +10,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -133,14 +132,12 @@ impl CopySource {
         Ok(())
     }
 
-    /// Reads through the page cache, and drops there what was read. The cache keeps a page of which only a part is
-    /// dropped, so whole pages are.
+    /// Reads through the page cache, and drops there what was read. The cache keeps a large page of which only a part is
+    /// to be dropped, so all of the file is.
     fn read_cached(&self, buf: &mut [u8], offset: u64) -> EngineResult<()> {
         self.file.read_exact_at(buf, offset).map_err(self.failure("read"))?;
-        let start = offset / ALIGN * ALIGN;
-        let len = (offset + buf.len() as u64).next_multiple_of(ALIGN) - start;
         // A hint: nothing depends on it.
-        let _ = fadvise(&self.file, start, NonZeroU64::new(len), Advice::DontNeed);
+        let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
         Ok(())
     }
 

@@ -259,6 +259,8 @@ async fn hooks_run_around_the_freeze() {
 
     let failing = GroupRequest { before: Some(Hook::shell("exit 1", LONG)), ..hooked.clone() };
     assert!(matches!(take(&lab.pool, &failing), Err(Error::Tool { .. })));
+    assert_eq!(fs::read_to_string(&file).unwrap(), "before\nafter\nafter\n");
+    assert_eq!(copies(&volume), 0);
     let unhappy = GroupRequest { after: Some(Hook::shell("exit 1", LONG)), ..group(&[&volume]) };
     let taken = take(&lab.pool, &unhappy).unwrap();
     assert!(matches!(taken.hook_failure, Some(Error::Tool { .. })));

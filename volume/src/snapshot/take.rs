@@ -28,7 +28,7 @@ pub struct GroupRequest {
     pub volumes: Vec<(Name, Name)>,
     /// Runs before the freeze. If it fails there is no snapshot.
     pub before: Option<Hook>,
-    /// Runs after the thaw, and also when there is no snapshot, if the other one was run.
+    /// Runs after the thaw, and also when there is no snapshot.
     pub after: Option<Hook>,
     /// Starts a freeze guard.
     pub guard: GuardCommand,
@@ -87,9 +87,10 @@ impl Part {
 pub fn take(pool: &Pool, request: &GroupRequest) -> Result<Taken> {
     let mut parts = begin(pool, request)?;
     let run = |hook: &Option<Hook>| hook.as_ref().map_or(Ok(()), Hook::run);
-    run(&request.before)?;
     let mounts: Vec<PathBuf> = parts.iter().filter_map(|part| part.mount.clone()).collect();
-    let frozen = while_frozen(&mounts, &request.guard, request.limit, || finish_all(&mut parts));
+    let frozen = run(&request.before).and_then(|()| {
+        while_frozen(&mounts, &request.guard, request.limit, || finish_all(&mut parts))
+    });
     let hook_failure = run(&request.after).err();
     let ((), pause) = frozen?;
     let upload = keep(pool, request, parts)?;
