@@ -94,7 +94,7 @@ fn a_volume_from_the_cradle_to_the_grave() {
     assert_eq!(fields(&listed["volumes"][0]), VOLUME);
     assert_eq!(listed["volumes"][0]["direct_io"], true);
     let info = petra.json("volume info data");
-    assert_eq!(info["filesystem_space"]["inodes"].as_u64().unwrap() > 0, true);
+    assert!(info["filesystem_space"]["inodes"].as_u64().unwrap() > 0);
     assert_eq!(
         fields(&info["usage"]),
         ["exclusive_bytes", "extents", "shared_bytes", "unwritten_bytes"]

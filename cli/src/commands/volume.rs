@@ -153,7 +153,7 @@ impl<'a> View<'a> {
             filesystem: state.filesystem,
             created: state.created,
             origin: state.origin.as_deref(),
-            lazy: state.lazy.is_some(),
+            lazy: state.lazy.as_ref().is_some_and(|lazy| !lazy.hydrated),
             base: state.base.as_ref().map(|base| base.snapshot),
             copies: state.copies.len(),
             allocated_bytes: stats.allocated_bytes,

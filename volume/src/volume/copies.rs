@@ -48,7 +48,7 @@ impl LockedVolume {
     /// Begins to copy the volume's image: the part that may take long, and during which it may be written. Then follow
     /// [`NewCopy::finish`], while its file system is frozen, and [`keep_copy`](Self::keep_copy).
     pub fn begin_copy(&self) -> Result<NewCopy> {
-        if self.state.lazy.is_some() {
+        if self.state.lazy.as_ref().is_some_and(|lazy| !lazy.hydrated) {
             return Err(Error::Request(format!(
                 "{} is a lazy clone whose data is not all here",
                 self.volume
