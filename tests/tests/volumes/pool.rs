@@ -251,7 +251,8 @@ fn requests_that_make_no_sense() {
 
     let raw = lab.create("raw", MIB, Filesystem::Raw);
     let error = raw.lock().unwrap().mount(&lab.path("at"), false).unwrap_err();
-    assert!(error.to_string().contains("raw block device"), "{error}");
+    assert!(error.to_string().contains("holds no ext4, XFS or btrfs"), "{error}");
+    assert!(raw.attachment().unwrap().is_none());
     assert!(lab.pool.volume(&volume_name("rwa")).is_err());
 
     // Foreign and damaged files harm nobody else.
