@@ -5,11 +5,6 @@
     clippy::indexing_slicing,
     reason = "in tests a panic is the right way to fail"
 )]
-#![expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "in tests a panic is the right way to fail"
-)]
 
 mod copies;
 mod freeze;

@@ -11,7 +11,7 @@
 //! A store that is away is asked again and again, and the wants wait; only damage is an answer. While a server is
 //! connected its FUSE descriptor is held here, so that a successor can go on where it was killed ([`End::Died`]).
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -36,7 +36,7 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::presence::BLOCK_BYTES;
+use super::hydration::hydrate;
 use super::server::Inheritance;
 use super::wire::{self, HEADER_BYTES, Header, Hello, MAX_BODY, ToAgent, ToServer};
 use crate::error::{Error, Result};
@@ -46,18 +46,14 @@ const URGENT_READS: usize = 16;
 /// Reads for read-ahead and hydration at one time, and bytes of each. With what comes along and what waits for the
 /// socket, some 100 MiB of memory.
 const OTHER_READS: usize = 4;
-const PIECE_BYTES: u64 = 8 << 20;
+pub(super) const PIECE_BYTES: u64 = 8 << 20;
 /// Messages that wait for the socket.
 const QUEUE: usize = 8;
-/// Absent runs that lie closer together are fetched as one.
-const GAP_BYTES: u64 = 1 << 20;
 /// How long hydration makes way for those who wait before it takes one more step.
 const MAKE_WAY: Duration = Duration::from_millis(100);
 /// Between attempts while the store is away.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LAST_PAUSE: Duration = Duration::from_secs(5);
-/// After so much hydrated data it is made durable.
-const FLUSH_BYTES: u64 = 1 << 30;
+pub(super) const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// How long a server may take to say who it is.
 const HELLO: Duration = Duration::from_secs(10);
 /// How long a dead server's process may take to disappear.
@@ -239,8 +235,7 @@ pub async fn serve(
         tasks.spawn(async move { agent.record(time).await });
     }
     if options.hydrate {
-        let agent = agent.clone();
-        tasks.spawn(async move { agent.hydrate(options.start_list).await });
+        tasks.spawn(hydrate(agent.clone(), options.start_list));
     }
     let read = tokio::select! {
         () = cancel.cancelled() => return Err(Error::Cancelled),
@@ -285,28 +280,28 @@ async fn write_all(
 }
 
 /// What the tasks of one connection share.
-struct Agent {
-    volume: SnapshotId,
-    len_bytes: u64,
+pub(super) struct Agent {
+    pub(super) volume: SnapshotId,
+    pub(super) len_bytes: u64,
     reader: Arc<VolumeReader>,
-    events: Arc<dyn AgentEvents>,
+    pub(super) events: Arc<dyn AgentEvents>,
     urgent: mpsc::Sender<Message>,
-    other: mpsc::Sender<Message>,
+    pub(super) other: mpsc::Sender<Message>,
     urgent_reads: Semaphore,
-    other_reads: Arc<Semaphore>,
+    pub(super) other_reads: Arc<Semaphore>,
     /// Urgent wants that are not answered.
     waiting: AtomicUsize,
     quiet: Notify,
     questions: Mutex<HashMap<u64, oneshot::Sender<ToAgent>>>,
     next_question: AtomicU64,
     /// Segments in which something was wanted, the last one at the end.
-    touched: Mutex<VecDeque<u64>>,
+    pub(super) touched: Mutex<VecDeque<u64>>,
     /// The store is away.
     away: Mutex<bool>,
 }
 
 /// The connection is gone, and the task has nothing to do any more.
-struct Gone;
+pub(super) struct Gone;
 
 impl Agent {
     async fn read_all(
@@ -394,7 +389,10 @@ impl Agent {
     }
 
     /// Reads, however long the store is away.
-    async fn read(&self, range: Range<u64>) -> Result<petra_engine::reader::Reading, Gone> {
+    pub(super) async fn read(
+        &self,
+        range: Range<u64>,
+    ) -> Result<petra_engine::reader::Reading, Gone> {
         let mut pause = FIRST_PAUSE;
         loop {
             match self.reader.read(range.clone()).await {
@@ -423,7 +421,11 @@ impl Agent {
         self.away.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn send(&self, pieces: Vec<Piece>, queue: &mpsc::Sender<Message>) -> Result<(), Gone> {
+    pub(super) async fn send(
+        &self,
+        pieces: Vec<Piece>,
+        queue: &mpsc::Sender<Message>,
+    ) -> Result<(), Gone> {
         for piece in pieces {
             match piece {
                 Piece::Zeros(range) => {
@@ -443,7 +445,7 @@ impl Agent {
         Ok(())
     }
 
-    async fn send_damage(
+    pub(super) async fn send_damage(
         &self,
         damaged: &[DamagedRange],
         queue: &mpsc::Sender<Message>,
@@ -459,7 +461,10 @@ impl Agent {
     }
 
     /// Asks the server something.
-    async fn ask(&self, question: impl FnOnce(u64) -> ToServer<'static>) -> Result<ToAgent, Gone> {
+    pub(super) async fn ask(
+        &self,
+        question: impl FnOnce(u64) -> ToServer<'static>,
+    ) -> Result<ToAgent, Gone> {
         let number = self.next_question.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
         self.questions().insert(number, reply);
@@ -477,7 +482,7 @@ impl Agent {
     }
 
     /// Waits while someone waits for data, but not for ever: many small reads must not keep the volume lazy.
-    async fn make_way(&self) {
+    pub(super) async fn make_way(&self) {
         let quiet = async {
             loop {
                 let notified = self.quiet.notified();
@@ -489,197 +494,16 @@ impl Agent {
         };
         let _ = tokio::time::timeout(MAKE_WAY, quiet).await;
     }
-
-    /// Brings everything that is absent.
-    async fn hydrate(self: Arc<Self>, start_list: Vec<Range<u64>>) {
-        let mut hydration = Hydration {
-            agent: self.clone(),
-            reads: JoinSet::new(),
-            damaged: BTreeSet::new(),
-            unflushed_bytes: 0,
-        };
-        if hydration.run(start_list).await.is_err() {
-            return;
-        }
-        let damaged: u64 = hydration.damaged.iter().map(|(start, end)| end - start).sum();
-        let event = match damaged {
-            0 => AgentEvent::Hydrated,
-            damaged_bytes => AgentEvent::Incomplete { damaged_bytes },
-        };
-        self.events.event(self.volume, event);
-    }
-}
-
-/// Fills a volume.
-struct Hydration {
-    agent: Arc<Agent>,
-    /// Each gives the parts that can't be read.
-    reads: JoinSet<Result<Vec<Range<u64>>, Gone>>,
-    /// Start and end of what can't be read.
-    damaged: BTreeSet<(u64, u64)>,
-    unflushed_bytes: u64,
-}
-
-impl Hydration {
-    async fn run(&mut self, start_list: Vec<Range<u64>>) -> Result<(), Gone> {
-        let len_bytes = self.agent.len_bytes;
-        for range in start_list {
-            let start = range.start / BLOCK_BYTES * BLOCK_BYTES;
-            let end = range.end.min(len_bytes);
-            for piece in pieces_of(&(start..end), PIECE_BYTES) {
-                // A list of another time may name what is there.
-                for run in self.absent(piece).await? {
-                    self.start(run).await?;
-                }
-            }
-        }
-        let segments = len_bytes.div_ceil(SEGMENT_BYTES);
-        let mut left_before = u64::MAX;
-        loop {
-            let mut left = 0;
-            let mut done = vec![false; usize::try_from(segments).unwrap_or_default()];
-            let mut next = 0;
-            while let Some(segment) = self.next_segment(&mut done, &mut next) {
-                let start = segment * SEGMENT_BYTES;
-                let range = start..(start + SEGMENT_BYTES).min(len_bytes);
-                for run in join(self.absent(range).await?) {
-                    for piece in pieces_of(&run, PIECE_BYTES) {
-                        left += piece.end - piece.start;
-                        self.start(piece).await?;
-                    }
-                }
-            }
-            while let Some(read) = self.reads.join_next().await {
-                self.note(read)?;
-            }
-            if left == 0 {
-                return self.flush().await;
-            }
-            if left >= left_before {
-                // The server can't store what it gets: a person may make room meanwhile.
-                tokio::time::sleep(LAST_PAUSE).await;
-            }
-            left_before = left;
-        }
-    }
-
-    /// A segment near what was touched, or else the next in order.
-    fn next_segment(&self, done: &mut [bool], next: &mut usize) -> Option<u64> {
-        let mut touched = self.agent.touched.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(segment) = touched.pop_back() {
-            if let Some(done) = done.get_mut(segment as usize).filter(|done| !**done) {
-                *done = true;
-                return Some(segment);
-            }
-        }
-        drop(touched);
-        let left = done.get(*next..)?.iter().position(|done| !done)?;
-        *next += left + 1;
-        if let Some(done) = done.get_mut(*next - 1) {
-            *done = true;
-        }
-        Some(*next as u64 - 1)
-    }
-
-    /// The parts of a range that the server lacks, without those that can't be read.
-    async fn absent(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, Gone> {
-        let mut all = Vec::new();
-        let mut at = range.start;
-        while at < range.end {
-            let rest = at..range.end;
-            let ask = |question| ToServer::AskAbsent { question, range: rest };
-            let ToAgent::Absent { end, ranges, .. } = self.agent.ask(ask).await? else {
-                return Err(Gone);
-            };
-            // An answer that leads nowhere.
-            if end <= at {
-                return Err(Gone);
-            }
-            at = end;
-            all.extend(ranges.into_iter().filter(|found| {
-                let lost = |(start, end): &(u64, u64)| *start <= found.start && found.end <= *end;
-                found.end <= range.end && !self.damaged.iter().any(lost)
-            }));
-        }
-        Ok(all)
-    }
-
-    /// Begins to bring a range, when it may.
-    async fn start(&mut self, range: Range<u64>) -> Result<(), Gone> {
-        if self.unflushed_bytes >= FLUSH_BYTES {
-            self.flush().await?;
-        }
-        self.unflushed_bytes += range.end - range.start;
-        self.agent.make_way().await;
-        let permit = self.agent.other_reads.clone().acquire_owned().await.map_err(|_| Gone)?;
-        let agent = self.agent.clone();
-        self.reads.spawn(async move {
-            let found = agent.read(range).await?;
-            agent.send(found.pieces, &agent.other).await?;
-            agent.send_damage(&found.damaged, &agent.other).await?;
-            drop(permit);
-            Ok(found.damaged.into_iter().map(|damaged| damaged.range).collect())
-        });
-        while let Some(read) = self.reads.try_join_next() {
-            self.note(read)?;
-        }
-        Ok(())
-    }
-
-    fn note(
-        &mut self,
-        read: Result<Result<Vec<Range<u64>>, Gone>, tokio::task::JoinError>,
-    ) -> Result<(), Gone> {
-        for lost in read.map_err(|_| Gone)?? {
-            // Joined with what it touches, so that a run over several of them is known as lost.
-            let (mut start, mut end) = (lost.start, lost.end);
-            let touching: Vec<(u64, u64)> = self
-                .damaged
-                .iter()
-                .copied()
-                .filter(|known| known.0 <= end && start <= known.1)
-                .collect();
-            for known in touching {
-                self.damaged.remove(&known);
-                (start, end) = (start.min(known.0), end.max(known.1));
-            }
-            self.damaged.insert((start, end));
-        }
-        Ok(())
-    }
-
-    async fn flush(&mut self) -> Result<(), Gone> {
-        match self.agent.ask(|question| ToServer::Flush { question }).await? {
-            ToAgent::Flushed { done: true, .. } => {
-                self.unflushed_bytes = 0;
-                Ok(())
-            }
-            // The server says why in its log. What is not durable must not count as hydrated.
-            _ => Err(Gone),
-        }
-    }
 }
 
 /// A range in pieces of some length, cut at its multiples.
-fn pieces_of(range: &Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+pub(super) fn pieces_of(range: &Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> + use<> {
     let (mut at, end) = (range.start, range.end);
     std::iter::from_fn(move || {
         let piece = at..((at / len + 1) * len).min(end);
         at = piece.end;
         (!piece.is_empty()).then_some(piece)
     })
-}
-
-/// Joins ranges that lie close together.
-fn join(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    let mut joined: Vec<Range<u64>> = Vec::new();
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if range.start.saturating_sub(last.end) <= GAP_BYTES => last.end = range.end,
-            _ => joined.push(range),
-        }
-    }
-    joined
 }
 
 /// Divides pieces into what lies within a range and what does not.
@@ -709,7 +533,6 @@ fn split(pieces: Vec<Piece>, within: &Range<u64>) -> (Vec<Piece>, Vec<Piece>) {
 }
 
 #[cfg(test)]
-#[expect(clippy::single_range_in_vec_init, reason = "lists of ranges are what is meant")]
 mod tests {
     use super::*;
 
@@ -725,11 +548,9 @@ mod tests {
     }
 
     #[test]
-    fn ranges_are_cut_and_joined() {
+    fn ranges_are_cut() {
         let pieces: Vec<_> = pieces_of(&(5..25), 10).collect();
         assert_eq!(pieces, [5..10, 10..20, 20..25]);
         assert_eq!(pieces_of(&(5..5), 10).count(), 0);
-        assert_eq!(join(vec![0..4096, 8192..9000]), [0..9000]);
-        assert_eq!(join(vec![0..1, 2 << 20..3 << 20]), [0..1, 2 << 20..3 << 20]);
     }
 }

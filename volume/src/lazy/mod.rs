@@ -10,16 +10,19 @@
 //!
 //! | module | what it knows |
 //! |---|---|
-//! | [`presence`] | which blocks are there; what a crash leaves of that |
+//! | [`presence`], `durable` | which blocks are there; what a crash leaves of that |
 //! | `image` | the local image: reads, writes and fills that do not step on each other |
 //! | [`server`] | the image server: FUSE requests, which of them wait for what, the link to the agent |
 //! | `waits`, `readahead`, `link` | parts of it |
 //! | [`wire`] | the messages between image server and agent |
-//! | [`agent`] | the agent's side: what is wanted first, then the rest; holding the FUSE descriptor |
+//! | [`agent`] | the agent's side: what is wanted first; holding the FUSE descriptor |
+//! | `hydration` | the agent's side: everything else |
 //!
 //! docs/volumes.md says what survives what.
 
 pub mod agent;
+mod durable;
+mod hydration;
 mod image;
 mod link;
 pub mod presence;

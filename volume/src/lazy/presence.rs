@@ -30,7 +30,10 @@ use memmap2::MmapRaw;
 use petra_engine::SnapshotId;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 
+use super::durable::{Durable, Pair, SLOT, SLOTS_AT_ONCE, WORDS, read_slots, slot_offset};
 use crate::error::{Error, Result};
+
+pub use super::durable::Medium;
 
 /// The unit of presence.
 pub const BLOCK_BYTES: u64 = 4096;
@@ -39,13 +42,6 @@ pub const BLOCK_BYTES: u64 = 4096;
 const VERSION: u32 = 1;
 const DURABLE_MAGIC: &[u8; 8] = b"PtPresen";
 const WORKING_MAGIC: &[u8; 8] = b"PtPreWrk";
-/// Bytes of a header and of a slot.
-const SLOT: usize = 4096;
-const SLOT_HEADER: usize = 24;
-/// Words of bits in a slot.
-const WORDS: usize = (SLOT - SLOT_HEADER) / 8;
-/// Slots that are read at once when a volume is opened.
-const SLOTS_AT_ONCE: usize = 256;
 
 /// Tells one boot of a machine from another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +49,7 @@ pub struct BootId(pub [u8; 16]);
 
 impl BootId {
     /// No boot: the volume was closed.
-    const NONE: Self = Self([0; 16]);
+    pub(super) const NONE: Self = Self([0; 16]);
 
     /// The boot that this is.
     pub fn current() -> Result<Self> {
@@ -67,42 +63,6 @@ impl BootId {
             cause: io::Error::other(format!("{text:?} is no boot id")),
         })?;
         Ok(Self(id.to_be_bytes()))
-    }
-}
-
-/// Where the durable copy is kept: a file, or a model of one.
-pub trait Medium: Send + Sync {
-    /// Fills `buf`; what is past the end are zeros.
-    fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
-    /// Writes. A crash before the next sync may undo it, or leave a part of it.
-    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
-    /// Makes all writes durable.
-    fn sync(&self) -> io::Result<()>;
-}
-
-impl Medium for File {
-    fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let mut done = 0;
-        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match self.read_at(rest, offset + done as u64) {
-                Ok(0) => {
-                    rest.fill(0);
-                    break;
-                }
-                Ok(read) => done += read,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    fn write(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        self.write_all_at(bytes, offset)
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        self.sync_data()
     }
 }
 
@@ -120,7 +80,7 @@ impl VolumeIdentity {
         self.len_bytes.div_ceil(BLOCK_BYTES)
     }
 
-    fn words(&self) -> usize {
+    pub(super) fn words(&self) -> usize {
         self.blocks().div_ceil(64) as usize
     }
 
@@ -179,18 +139,9 @@ impl VolumeIdentity {
             self.id, self.len_bytes
         )))
     }
-
-    fn checksum(&self, number: u64, body: &[u8]) -> [u8; 16] {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(b"petra presence 1\n").update(&self.id.to_bytes());
-        hasher.update(&self.len_bytes.to_le_bytes()).update(&number.to_le_bytes()).update(body);
-        let mut sum = [0; 16];
-        hasher.finalize_xof().fill(&mut sum);
-        sum
-    }
 }
 
-fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+pub(super) fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()
 }
 
@@ -198,117 +149,8 @@ fn word32(bytes: &[u8], at: usize) -> Option<u32> {
     array(bytes, at).map(u32::from_le_bytes)
 }
 
-fn word64(bytes: &[u8], at: usize) -> Option<u64> {
+pub(super) fn word64(bytes: &[u8], at: usize) -> Option<u64> {
     array(bytes, at).map(u64::from_le_bytes)
-}
-
-/// Where the slots of a pair are: pair 0 is the boot, pair n + 1 the n-th page of bits.
-fn slot_offset(pair: usize, second: bool) -> u64 {
-    (SLOT * (1 + 2 * pair + usize::from(second))) as u64
-}
-
-/// A slot's content.
-enum Slot {
-    /// Never written.
-    Empty,
-    Valid(u64, Vec<u64>),
-    Bad,
-}
-
-/// The state of a pair of slots on the disk.
-#[derive(Clone, Copy, Debug, Default)]
-struct Pair {
-    /// 0 when nothing was ever written.
-    sequence: u64,
-    /// The slot that counts is the second.
-    second: bool,
-    /// The other one is neither valid nor empty.
-    torn: bool,
-}
-
-/// The durable copy.
-struct Durable<M> {
-    medium: M,
-    identity: VolumeIdentity,
-    pairs: Vec<Pair>,
-}
-
-impl<M: Medium> Durable<M> {
-    fn parse(&self, pair: usize, bytes: &[u8]) -> Slot {
-        let Some(sum) = array::<16>(bytes, 0) else { return Slot::Bad };
-        if bytes.iter().all(|byte| *byte == 0) {
-            return Slot::Empty;
-        }
-        let (Some(body), Some(sequence)) = (bytes.get(16..), word64(bytes, 16)) else {
-            return Slot::Bad;
-        };
-        if sum != self.identity.checksum(pair as u64, body) || sequence == 0 {
-            return Slot::Bad;
-        }
-        let words = body.get(8..).unwrap_or_default().as_chunks::<8>().0;
-        Slot::Valid(sequence, words.iter().map(|word| u64::from_le_bytes(*word)).collect())
-    }
-
-    /// Takes in both slots of a pair, and gives the words that count, if there are any.
-    fn load(&mut self, pair: usize, slots: &[u8], path: &Path) -> Result<Option<Vec<u64>>> {
-        let (first, second) = slots.split_at(slots.len() / 2);
-        let (state, words) = match (self.parse(pair, first), self.parse(pair, second)) {
-            (Slot::Empty, Slot::Empty) => (Pair::default(), None),
-            (Slot::Valid(a, _), Slot::Valid(b, words)) if b > a => {
-                (Pair { sequence: b, second: true, torn: false }, Some(words))
-            }
-            (Slot::Valid(sequence, words), other) => {
-                let torn = matches!(other, Slot::Bad);
-                (Pair { sequence, second: false, torn }, Some(words))
-            }
-            (other, Slot::Valid(sequence, words)) => {
-                let torn = matches!(other, Slot::Bad);
-                (Pair { sequence, second: true, torn }, Some(words))
-            }
-            // The very first write to this pair was torn; the next goes to the same slot.
-            (Slot::Bad, Slot::Empty) | (Slot::Empty, Slot::Bad) => {
-                (Pair { torn: true, ..Pair::default() }, None)
-            }
-            (Slot::Bad, Slot::Bad) => {
-                let at = slot_offset(pair, false);
-                let detail = format!(
-                    "both copies of the page at {at} are unreadable; which blocks of the volume were written is lost"
-                );
-                return Err(Error::Damaged { path: path.to_owned(), detail });
-            }
-        };
-        if let Some(place) = self.pairs.get_mut(pair) {
-            *place = state;
-        }
-        Ok(words)
-    }
-
-    /// Writes the slot that does not count. It counts once the medium is synced; the caller notes that by
-    /// [`written`](Self::written).
-    fn write(&self, pair: usize, words: impl Iterator<Item = u64>) -> io::Result<()> {
-        let state = self.pairs.get(pair).copied().unwrap_or_default();
-        let mut body = Vec::with_capacity(SLOT);
-        body.extend_from_slice(&(state.sequence + 1).to_le_bytes());
-        words.take(WORDS).for_each(|word| body.extend_from_slice(&word.to_le_bytes()));
-        body.resize(SLOT - 16, 0);
-        let mut slot = self.identity.checksum(pair as u64, &body).to_vec();
-        slot.extend_from_slice(&body);
-        self.medium.write(&slot, slot_offset(pair, !state.second))
-    }
-
-    fn written(&mut self, pair: usize) {
-        if let Some(state) = self.pairs.get_mut(pair) {
-            *state = Pair { sequence: state.sequence + 1, second: !state.second, torn: false };
-        }
-    }
-
-    fn write_boot(&mut self, boot: BootId) -> io::Result<()> {
-        let (words, _) = boot.0.as_chunks::<8>();
-        self.write(0, words.iter().map(|word| u64::from_le_bytes(*word)))?;
-        self.medium.sync()?;
-        self.written(0);
-        Ok(())
-    }
 }
 
 /// Which blocks of an image are there. Bits are read and set from any thread.
@@ -564,34 +406,6 @@ impl<M: Medium> Presence<M> {
         drop(durable);
         std::fs::remove_file(&self.working_path).map_err(Error::io("remove", &self.working_path))
     }
-}
-
-/// Reads all slots: the bits, and the boot in which the volume was opened last.
-fn read_slots<M: Medium>(durable: &mut Durable<M>, path: &Path) -> Result<(Vec<u64>, BootId)> {
-    let mut bits = vec![0; durable.pairs.len().saturating_sub(1) * WORDS];
-    let mut boot = BootId::NONE;
-    let mut buf = vec![0; SLOT * SLOTS_AT_ONCE];
-    let total = durable.pairs.len();
-    for first in (0..total).step_by(SLOTS_AT_ONCE / 2) {
-        let count = (total - first).min(SLOTS_AT_ONCE / 2);
-        let place = buf.get_mut(..count * 2 * SLOT).unwrap_or_default();
-        durable.medium.read(place, slot_offset(first, false)).map_err(Error::io("read", path))?;
-        for (pair, slots) in (first..).zip(place.chunks_exact(2 * SLOT)) {
-            let Some(words) = durable.load(pair, slots, path)? else { continue };
-            match pair.checked_sub(1) {
-                None => {
-                    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-                    boot = array(&bytes, 0).map_or(BootId::NONE, BootId);
-                }
-                Some(page) => {
-                    let place = bits.iter_mut().skip(page * WORDS).take(WORDS);
-                    place.zip(words).for_each(|(place, word)| *place = word);
-                }
-            }
-        }
-    }
-    bits.truncate(durable.identity.words());
-    Ok((bits, boot))
 }
 
 /// Opens a working copy of this boot; `None` if there is none.

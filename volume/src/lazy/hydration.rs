@@ -1,0 +1,207 @@
+//! Hydration: bringing everything that is absent, in an order that follows use.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError};
+
+use petra_engine::format::SEGMENT_BYTES;
+use tokio::task::{JoinError, JoinSet};
+
+use super::agent::{Agent, AgentEvent, Gone, LAST_PAUSE, PIECE_BYTES, pieces_of};
+use super::presence::BLOCK_BYTES;
+use super::wire::{ToAgent, ToServer};
+
+/// Absent runs that lie closer together are fetched as one.
+const GAP_BYTES: u64 = 1 << 20;
+/// After so much hydrated data it is made durable.
+const FLUSH_BYTES: u64 = 1 << 30;
+
+/// Brings everything that is absent, the start list first. Ends without an event when the server is gone.
+pub(super) async fn hydrate(agent: Arc<Agent>, start_list: Vec<Range<u64>>) {
+    let mut hydration = Hydration {
+        agent: agent.clone(),
+        reads: JoinSet::new(),
+        damaged: BTreeSet::new(),
+        unflushed_bytes: 0,
+    };
+    if hydration.run(start_list).await.is_err() {
+        return;
+    }
+    let damaged: u64 = hydration.damaged.iter().map(|(start, end)| end - start).sum();
+    let event = match damaged {
+        0 => AgentEvent::Hydrated,
+        damaged_bytes => AgentEvent::Incomplete { damaged_bytes },
+    };
+    agent.events.event(agent.volume, event);
+}
+
+/// Fills a volume.
+struct Hydration {
+    agent: Arc<Agent>,
+    /// Each gives the parts that can't be read.
+    reads: JoinSet<Result<Vec<Range<u64>>, Gone>>,
+    /// Start and end of what can't be read.
+    damaged: BTreeSet<(u64, u64)>,
+    unflushed_bytes: u64,
+}
+
+impl Hydration {
+    async fn run(&mut self, start_list: Vec<Range<u64>>) -> Result<(), Gone> {
+        let len_bytes = self.agent.len_bytes;
+        for range in start_list {
+            let start = range.start / BLOCK_BYTES * BLOCK_BYTES;
+            let end = range.end.min(len_bytes);
+            for piece in pieces_of(&(start..end), PIECE_BYTES) {
+                // A list of another time may name what is there.
+                for run in self.absent(piece).await? {
+                    self.start(run).await?;
+                }
+            }
+        }
+        let segments = len_bytes.div_ceil(SEGMENT_BYTES);
+        let mut left_before = u64::MAX;
+        loop {
+            let mut left = 0;
+            let mut done = vec![false; usize::try_from(segments).unwrap_or_default()];
+            let mut next = 0;
+            while let Some(segment) = self.next_segment(&mut done, &mut next) {
+                let start = segment * SEGMENT_BYTES;
+                let range = start..(start + SEGMENT_BYTES).min(len_bytes);
+                for run in join(self.absent(range).await?) {
+                    for piece in pieces_of(&run, PIECE_BYTES) {
+                        left += piece.end - piece.start;
+                        self.start(piece).await?;
+                    }
+                }
+            }
+            while let Some(read) = self.reads.join_next().await {
+                self.note(read)?;
+            }
+            if left == 0 {
+                return self.flush().await;
+            }
+            if left >= left_before {
+                // The server can't store what it gets: a person may make room meanwhile.
+                tokio::time::sleep(LAST_PAUSE).await;
+            }
+            left_before = left;
+        }
+    }
+
+    /// A segment near what was touched, or else the next in order.
+    fn next_segment(&self, done: &mut [bool], next: &mut usize) -> Option<u64> {
+        let mut touched = self.agent.touched.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(segment) = touched.pop_back() {
+            if let Some(done) = done.get_mut(segment as usize).filter(|done| !**done) {
+                *done = true;
+                return Some(segment);
+            }
+        }
+        drop(touched);
+        let left = done.get(*next..)?.iter().position(|done| !done)?;
+        *next += left + 1;
+        if let Some(done) = done.get_mut(*next - 1) {
+            *done = true;
+        }
+        Some(*next as u64 - 1)
+    }
+
+    /// The parts of a range that the server lacks, without those that can't be read.
+    async fn absent(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, Gone> {
+        let mut all = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let rest = at..range.end;
+            let ask = |question| ToServer::AskAbsent { question, range: rest };
+            let ToAgent::Absent { end, ranges, .. } = self.agent.ask(ask).await? else {
+                return Err(Gone);
+            };
+            // An answer that leads nowhere.
+            if end <= at {
+                return Err(Gone);
+            }
+            at = end;
+            all.extend(ranges.into_iter().filter(|found| {
+                let lost = |(start, end): &(u64, u64)| *start <= found.start && found.end <= *end;
+                found.end <= range.end && !self.damaged.iter().any(lost)
+            }));
+        }
+        Ok(all)
+    }
+
+    /// Begins to bring a range, when it may.
+    async fn start(&mut self, range: Range<u64>) -> Result<(), Gone> {
+        if self.unflushed_bytes >= FLUSH_BYTES {
+            self.flush().await?;
+        }
+        self.unflushed_bytes += range.end - range.start;
+        self.agent.make_way().await;
+        let permit = self.agent.other_reads.clone().acquire_owned().await.map_err(|_| Gone)?;
+        let agent = self.agent.clone();
+        self.reads.spawn(async move {
+            let found = agent.read(range).await?;
+            agent.send(found.pieces, &agent.other).await?;
+            agent.send_damage(&found.damaged, &agent.other).await?;
+            drop(permit);
+            Ok(found.damaged.into_iter().map(|damaged| damaged.range).collect())
+        });
+        while let Some(read) = self.reads.try_join_next() {
+            self.note(read)?;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, read: Result<Result<Vec<Range<u64>>, Gone>, JoinError>) -> Result<(), Gone> {
+        for lost in read.map_err(|_| Gone)?? {
+            // Joined with what it touches, so that a run over several of them is known as lost.
+            let (mut start, mut end) = (lost.start, lost.end);
+            let touching: Vec<(u64, u64)> = self
+                .damaged
+                .iter()
+                .copied()
+                .filter(|known| known.0 <= end && start <= known.1)
+                .collect();
+            for known in touching {
+                self.damaged.remove(&known);
+                (start, end) = (start.min(known.0), end.max(known.1));
+            }
+            self.damaged.insert((start, end));
+        }
+        Ok(())
+    }
+
+    async fn flush(&mut self) -> Result<(), Gone> {
+        match self.agent.ask(|question| ToServer::Flush { question }).await? {
+            ToAgent::Flushed { done: true, .. } => {
+                self.unflushed_bytes = 0;
+                Ok(())
+            }
+            // The server says why in its log. What is not durable must not count as hydrated.
+            _ => Err(Gone),
+        }
+    }
+}
+
+/// Joins ranges that lie close together.
+fn join(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start.saturating_sub(last.end) <= GAP_BYTES => last.end = range.end,
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[expect(clippy::single_range_in_vec_init, reason = "a list of ranges is what is meant")]
+    fn what_lies_close_together_is_joined() {
+        assert_eq!(join(vec![0..4096, 8192..9000]), [0..9000]);
+        assert_eq!(join(vec![0..1, 2 << 20..3 << 20]), [0..1, 2 << 20..3 << 20]);
+    }
+}
