@@ -1,0 +1,354 @@
+#!/usr/bin/env python3
+"""Measure live volumes: pauses, changes found from extent maps, clones that start at once.
+
+  volumes.py DIR --petra target/release/petra [--only pause,incremental,clones,device] [--markdown F]
+
+DIR is a directory with 40 GB of room, where pools, images and repositories are made and deleted. It needs root, fio,
+restic, versitygw (a real S3 server), btrfs-progs and xfsprogs. Every figure is one against another of the same run:
+
+  pause        how long applications wait for a snapshot while fio writes 200 MB/s, on both kinds of pools; and with an
+               image of very many extents
+  incremental  64 MiB changed in a volume of 8 GiB and in one of 256 GiB, against restic, which reads the image
+  clones       from the command to a mounted file system: by reference; lazily from S3 on loopback, with and without
+               30 ms more for each request, 8 GiB and 1 TiB; then find and cat, and hydration against a restore
+  device       fio on a volume, on a raw file of the same disk, on a plain loop device, and on a lazy clone whose data
+               is all there
+"""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+MIB = 1 << 20
+GIB = 1 << 30
+KINDS = ("btrfs", "xfs")
+
+
+class Bench:
+    def __init__(self, petra: str, directory: Path) -> None:
+        self.petra, self.directory = petra, directory
+        self.rows: list[tuple[str, str, str]] = []
+        self.environment = {**os.environ, "RESTIC_PASSWORD": "x", "AWS_ACCESS_KEY_ID": "bench",
+                            "AWS_SECRET_ACCESS_KEY": "bench-secret", "AWS_REGION": "us-east-1"}
+
+    def row(self, what: str, measured: str, goal: str = "") -> None:
+        print(f"{what}: {measured}  {goal}", file=sys.stderr, flush=True)
+        self.rows.append((what, measured, goal))
+
+    def call(self, *words: object) -> str:
+        done = subprocess.run([str(word) for word in words], env=self.environment, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if done.returncode != 0:
+            sys.exit(f"failed: {' '.join(map(str, words))}\n{done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def run(self, *words: object) -> Any:
+        return json.loads(self.call(self.petra, "--json", *words))
+
+    def timed(self, *words: object) -> float:
+        os.sync()
+        begun = time.monotonic()
+        self.call(self.petra, "--quiet", *words)
+        return time.monotonic() - begun
+
+    @contextlib.contextmanager
+    def pool(self, kind: str, name: str = "pool", size: str = "24G") -> Iterator[Path]:
+        root = self.directory / f"{name}-{kind}"
+        self.run("pool", "init", f"{root}.img", "--size", size, "--at", root, "--filesystem", kind)
+        try:
+            yield root
+        finally:
+            for volume in self.run("volume", "ls", "--pool", root)["volumes"]:
+                self.call(self.petra, "volume", "unmount", "--pool", root, volume["name"])
+            subprocess.run(["pkill", "-f", f"pool agent --until-idle --pool {root}"], check=False)
+            time.sleep(0.5)
+            self.call("umount", root)
+            Path(f"{root}.img").unlink()
+
+    def fio(self, target: Path, *options: str, seconds: int = 10) -> dict[str, Any]:
+        out = self.call("fio", "--name=x", f"--filename={target}", "--output-format=json", "--direct=1",
+                        "--ioengine=io_uring", "--time_based", f"--runtime={seconds}", *options)
+        return json.loads(out[out.index("{"):])["jobs"][0]
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+
+
+# ------------------------------------------------------------------------------------------------- pauses
+
+def pause(bench: Bench) -> None:
+    for kind in KINDS:
+        with bench.pool(kind) as root:
+            bench.run("volume", "create", "--pool", root, "v", "--size", "6G")
+            bench.run("volume", "mount", "--pool", root, "v", bench.directory / "at")
+            for label, prepare in (("", False), (", very many extents", True)):
+                if prepare:
+                    bench.fio(bench.directory / "at/file", "--size=3G", "--bs=4k", "--rw=randwrite", "--iodepth=32",
+                              seconds=30)
+                extents = bench.run("volume", "info", "--pool", root, "v")["usage"]["extents"]
+                load = subprocess.Popen(
+                    ["fio", "--name=x", f"--filename={bench.directory / 'at/file'}", "--size=3G", "--bs=128k", "--rw=randwrite",
+                     "--direct=1", "--ioengine=io_uring", "--iodepth=8", "--rate=200m", "--time_based", "--runtime=600"],
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                time.sleep(2)
+                pauses, walls = [], []
+                for _ in range(20):
+                    begun = time.monotonic()
+                    taken = bench.run("volume", "snapshot", "--pool", root, "v", f"{bench.directory}/repo#e/r", "--later")
+                    walls.append(time.monotonic() - begun)
+                    pauses.append(taken["pause_ms"])
+                    bench.run("volume", "upload", "--pool", root, "--give-up", taken["upload"])
+                    time.sleep(0.3)
+                load.kill()
+                load.wait()
+                bench.row(f"pause on {kind}{label} ({extents} extents), fio writing 200 MB/s",
+                          f"median {statistics.median(pauses):.0f} ms, worst of 20 {max(pauses):.0f} ms; "
+                          f"the whole command {statistics.median(walls):.2f} s", "<= 100 ms at p99")
+
+
+# ------------------------------------------------------------------------------------------------- changes
+
+def incremental(bench: Bench) -> None:
+    walls = {}
+    for size in (8, 256):
+        with bench.pool("btrfs", size="30G") as root:
+            bench.run("volume", "create", "--pool", root, "v", "--size", f"{size}G")
+            bench.run("volume", "mount", "--pool", root, "v", bench.directory / "at")
+            write_noise(bench.directory / "at/data", 2 * GIB, 1)
+            repository = f"{bench.directory}/repo{size}"
+            bench.run("init", repository)
+            bench.run("volume", "snapshot", "--pool", root, "v", f"{repository}#e/r")
+            samples = []
+            for turn in range(3):
+                overwrite(bench.directory / "at/data", 2 * GIB, 64, turn)
+                os.sync()
+                samples.append(bench.timed("volume", "snapshot", "--pool", root, "v", f"{repository}#e/r"))
+            walls[size] = statistics.median(samples)
+            if size == 8:
+                bench.call(bench.petra, "volume", "unmount", "--pool", root, "v")
+                image = bench.directory / "image"
+                shutil.copyfile(root / "volumes/v/live/image", image)
+                bench.call("restic", "-q", "-r", bench.directory / "restic", "init")
+                backup = ("restic", "-q", "--no-cache", "-r", bench.directory / "restic", "backup", image)
+                bench.call(*backup)
+                overwrite(image, 2 * GIB, 64, 9, at=3 * GIB)
+                os.sync()
+                begun = time.monotonic()
+                bench.call(*backup)
+                restic = time.monotonic() - begun
+                image.unlink()
+                shutil.rmtree(bench.directory / "restic")
+        shutil.rmtree(repository)
+    bench.row("64 MiB changed of 8 GiB (2 GiB of data): petra, restic", f"{walls[8]:.2f} s, {restic:.2f} s: "
+              f"{restic / walls[8]:.1f}x", ">= 20x")
+    bench.row("the same in a volume of 256 GiB", f"{walls[256]:.2f} s: {walls[256] / walls[8]:.2f} of that of 8 GiB", "<= 1.5")
+
+
+def write_noise(path: Path, length: int, seed: int) -> None:
+    noise = random.Random(seed)
+    with path.open("wb") as file:
+        for _ in range(length // (4 * MIB)):
+            file.write(noise.randbytes(4 * MIB))
+
+
+def overwrite(path: Path, length: int, count: int, seed: int, at: int = 0) -> None:
+    """Changes `count` MiB, each somewhere else."""
+    noise = random.Random(seed)
+    with path.open("r+b") as file:
+        for _ in range(count):
+            file.seek(at + noise.randrange(length // MIB) * MIB)
+            file.write(noise.randbytes(MIB))
+
+
+# ------------------------------------------------------------------------------------------------- clones
+
+@contextlib.contextmanager
+def s3_server(bench: Bench) -> Iterator[int]:
+    data, port = bench.directory / "s3", free_port()
+    (data / "bucket").mkdir(parents=True)
+    server = subprocess.Popen(["versitygw", "--access", "bench", "--secret", "bench-secret", "--port", f"127.0.0.1:{port}", "--quiet",
+                               "posix", str(data)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_port(port)
+    try:
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+        shutil.rmtree(data)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for_port(port: int) -> None:
+    for _ in range(100):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.05)
+    sys.exit("the S3 server does not start")
+
+
+def slow_port(port: int, delay: float) -> int:
+    """A port that leads to another, where what a client sends takes so many seconds longer."""
+    slow = free_port()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wait: float) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                if wait:
+                    await asyncio.sleep(wait)
+                writer.write(data)
+                await writer.drain()
+            writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream, sender = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(forward(reader, sender, delay), forward(upstream, writer, 0))
+
+    async def serve() -> None:
+        await (await asyncio.start_server(connect, "127.0.0.1", slow)).serve_forever()
+
+    threading.Thread(target=lambda: asyncio.run(serve()), daemon=True).start()
+    wait_for_port(slow)
+    return slow
+
+
+def clones(bench: Bench) -> None:
+    with s3_server(bench) as port, bench.pool("btrfs") as near, bench.pool("btrfs", "far") as far:
+        url = lambda at: f"s3://bucket/p?endpoint=http://127.0.0.1:{at}&path-style=true"  # noqa: E731
+        bench.run("init", url(port))
+        at = bench.directory / "at"
+        for size, name in ((8, "8g"), (1024, "1t")):
+            bench.run("volume", "create", "--pool", near, name, "--size", f"{size}G")
+            bench.run("volume", "mount", "--pool", near, name, at)
+            (at / "files").mkdir()
+            for n in range(100):
+                write_noise(at / f"files/{n}", 4 * MIB, n)
+            write_noise(at / "large", 600 * MIB, 7)
+            bench.run("volume", "snapshot", "--pool", near, name, f"{url(port)}#e/{name}", "--name", "s")
+            bench.run("volume", "unmount", "--pool", near, name)
+        reference = f"{url(port)}#e/8g/s"
+        samples = []
+        for n in range(5):
+            cloned = bench.timed("clone", "--pool", near, reference, f"c{n}")
+            mounted = bench.timed("volume", "mount", "--pool", near, f"c{n}", at)
+            bench.run("volume", "unmount", "--pool", near, f"c{n}")
+            samples.append(cloned + mounted)
+        bench.row("clone by reference, two commands, to mounted", f"{statistics.median(samples) * 1000:.0f} ms", "<= 50 ms")
+        for name in ("8g", "1t"):
+            for label, way, goal in (("", port, "<= 500 ms"), (", 30 ms more for each request", slow_port(port, 0.03), "<= 1 s")):
+                samples = []
+                # The first one writes the start list.
+                for n in range(4):
+                    samples.append(bench.timed("mount", "--pool", far, f"{url(way)}#e/{name}/s", at))
+                    time.sleep(4 if n == 0 else 0)
+                    bench.run("unmount", "--pool", far, at)
+                bench.row(f"lazy mount of {name} from S3{label}", f"{statistics.median(samples[1:]) * 1000:.0f} ms "
+                          f"(the first, without a start list: {samples[0] * 1000:.0f} ms)", goal)
+        restored = bench.timed("restore", f"{url(port)}#e/8g/s", bench.directory / "restored.img")
+        (bench.directory / "restored.img").unlink()
+        begun = time.monotonic()
+        bench.timed("mount", "--pool", far, f"{url(port)}#e/8g/s", at)
+        bench.call("sh", "-c", f"find {at} | wc -l && cat {at}/files/? {at}/files/1? > /dev/null")
+        bench.row("mount, find, cat of 80 MiB, against a whole restore", f"{time.monotonic() - begun:.2f} s, {restored:.2f} s")
+        while any(volume["lazy"] for volume in bench.run("volume", "ls", "--pool", far)["volumes"]):
+            time.sleep(0.05)
+        hydrated = time.monotonic() - begun
+        bench.row("hydration of it, from the command, against a restore", f"{hydrated:.2f} s: {restored / hydrated:.2f} of the rate", ">= 0.8")
+        bench.run("unmount", "--pool", far, at)
+
+
+# ------------------------------------------------------------------------------------------------- devices
+
+def device(bench: Bench) -> None:
+    jobs = (("1 MiB read", ("--rw=read", "--bs=1m", "--iodepth=8")), ("1 MiB write", ("--rw=write", "--bs=1m", "--iodepth=8")),
+            ("4 KiB random read", ("--rw=randread", "--bs=4k", "--iodepth=32")),
+            ("4 KiB random write", ("--rw=randwrite", "--bs=4k", "--iodepth=32")))
+    results: dict[str, dict[str, float]] = {}
+
+    def measure(what: str, target: Path) -> None:
+        for job, options in jobs:
+            found = bench.fio(target, "--size=2G", *options, seconds=5)
+            side = found["read" if "read" in job else "write"]
+            results.setdefault(job, {})[what] = side["iops"] if "random" in job else side["bw"] / 1024
+
+    with bench.pool("xfs", "raw") as root:
+        raw = root / "raw"
+        write_noise(raw, 2 * GIB, 3)
+        measure("file on XFS", raw)
+        loop = bench.call("losetup", "--find", "--show", "--direct-io=on", raw)
+        measure("loop on XFS", Path(loop))
+        bench.call("losetup", "-d", loop)
+    for kind in KINDS:
+        with bench.pool(kind) as root:
+            attached = bench.run("volume", "create", "--pool", root, "v", "--size", "2G", "--filesystem", "raw")
+            attached = bench.run("volume", "attach", "--pool", root, "v")
+            write_noise(Path(attached["device"]), 2 * GIB, 4)
+            measure(f"volume on {kind}", Path(attached["device"]))
+            taken = bench.run("volume", "snapshot", "--pool", root, "v", f"{bench.directory}/repo#e/r", "--later")
+            measure(f"volume on {kind}, after a snapshot", Path(attached["device"]))
+            bench.run("volume", "upload", "--pool", root, "--give-up", taken["upload"])
+            bench.run("volume", "detach", "--pool", root, "v")
+    with bench.pool("btrfs") as root:
+        image = bench.directory / "image"
+        write_noise(image, 2 * GIB, 5)
+        bench.run("init", f"{bench.directory}/lazy")
+        bench.run("snapshot", f"v={image}", f"{bench.directory}/lazy#e/r", "--name", "s")
+        image.unlink()
+        bench.run("clone", "--pool", root, f"{bench.directory}/lazy#e/r/s", "v")
+        attached = bench.run("volume", "attach", "--pool", root, "v")
+        while any(volume["lazy"] for volume in bench.run("volume", "ls", "--pool", root)["volumes"]):
+            time.sleep(0.1)
+        measure("lazy clone, hydrated, with its server", Path(attached["device"]))
+        bench.run("volume", "detach", "--pool", root, "v")
+        attached = bench.run("volume", "attach", "--pool", root, "v")
+        measure("the same, attached again", Path(attached["device"]))
+        bench.run("volume", "detach", "--pool", root, "v")
+        shutil.rmtree(bench.directory / "lazy")
+    for job, found in results.items():
+        unit = "IOPS" if "random" in job else "MiB/s"
+        bench.row(f"{job}, {unit}", "; ".join(f"{what} {value:,.0f}" for what, value in found.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--petra", required=True)
+    parser.add_argument("--only", default="pause,incremental,clones,device")
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    work = options.directory.resolve() / "volumes-work"
+    work.mkdir()
+    bench = Bench(os.path.abspath(options.petra), work)
+    try:
+        if set(options.only.split(",")) & {"pause", "device"}:
+            bench.run("init", f"{work}/repo")
+        for name in options.only.split(","):
+            {"pause": pause, "incremental": incremental, "clones": clones, "device": device}[name](bench)
+    finally:
+        table = ["| what | measured | goal |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in bench.rows)]
+        print("\n".join(table))
+        if options.markdown:
+            options.markdown.write_text("\n".join(table) + "\n")
+        shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
