@@ -546,3 +546,51 @@ fn many_readers_of_one_place_cause_one_fetch() {
     let requests = lab.store.log().len();
     assert!(requests <= 4, "{requests} requests");
 }
+
+#[test]
+fn a_mounted_file_system_goes_on_while_its_server_is_replaced() {
+    let Some((volume, mut files)) = ext4() else { return };
+    let Some((lab, agent, mut server)) = start(&volume, true, true) else { return };
+    let device = Loop::attach(&lab);
+    let at = lab.dir.path().join("mounted");
+    let mounted = Mounted::mount(&device, &at);
+    let stop = AtomicBool::new(false);
+    let written = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let mut written = BTreeMap::new();
+            // Some 60 MiB of room, used again and again.
+            for n in 0_u64.. {
+                if stop.load(Ordering::Relaxed) && n > 50 {
+                    break;
+                }
+                let (name, bytes) = (format!("new-{}", n % 100), noise(n + 500, 200_000));
+                std::fs::write(at.join(&name), &bytes).unwrap();
+                if n.is_multiple_of(5) {
+                    File::open(at.join(&name)).unwrap().sync_all().unwrap();
+                }
+                written.insert(name, bytes);
+            }
+            written
+        });
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(150));
+            server.kill();
+            server = lab.server_with(Duration::from_secs(60), Some(agent.inheritance()));
+        }
+        compare(&at, &files);
+        stop.store(true, Ordering::Relaxed);
+        writer.join().unwrap()
+    });
+    files.extend(written);
+    compare(&at, &files);
+    mounted.unmount();
+    let mounted = Mounted::mount(&device, &at);
+    compare(&at, &files);
+    mounted.unmount();
+    drop(device);
+    agent.wait_for("Hydrated");
+    server.unmount();
+    let check = Command::new("e2fsck").args(["-fn"]).arg(lab.dir.path().join("image")).output();
+    let check = check.unwrap();
+    assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+}
