@@ -67,7 +67,7 @@ class Bench:
     @contextlib.contextmanager
     def pool(self, kind: str, name: str = "pool", size: str = "24G") -> Iterator[Path]:
         root = self.directory / f"{name}-{kind}"
-        self.run("pool", "init", f"{root}.img", "--size", size, "--at", root, "--filesystem", kind)
+        self.run("pool", "init", f"{root}.img", "--size", size, "--at", root, "--filesystem", kind, "--overcommit", "10000")
         try:
             yield root
         finally:

@@ -4,6 +4,7 @@
 //! image server --(socket)--> agent: reads from the repository, hydrates            [crate::lazy::agent]
 //!   died -> a successor gets its descriptor         hydrated -> the pin ends
 //! every minute: pins that hold data for nothing end                                [crate::pool::pins]
+//!               copies that wait are uploaded, by a process of idle priority       [crate::snapshot]
 //! ```
 //!
 //! Everything that it must know is in files of the pool and in the image servers, so it can be killed or replaced at any
@@ -22,7 +23,7 @@ use petra_engine::start::StartList;
 use petra_engine::{Context, Repository, SnapshotId};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::error::{Error, Result};
@@ -30,6 +31,7 @@ use crate::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Connection, End,
 use crate::pool::lock::Lock;
 use crate::pool::pins::{self, blocking};
 use crate::pool::{LazyState, Pool};
+use crate::snapshot;
 use crate::volume::served::SOCKET;
 use crate::volume::{Serving, Volume};
 
@@ -86,6 +88,7 @@ impl Agent {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut busy = Instant::now();
+        let mut upload: Option<AbortHandle> = None;
         loop {
             tokio::select! {
                 () = inner.ctx.cancel.cancelled() => break,
@@ -97,7 +100,12 @@ impl Agent {
                         sleep(RETRY).await;
                     }
                 },
-                _ = ticks.tick() => self.clone().settle_pins().await,
+                _ = ticks.tick() => {
+                    self.clone().settle_pins().await;
+                    if upload.as_ref().is_none_or(AbortHandle::is_finished) && self.has_uploads().await {
+                        upload = Some(tasks.spawn(self.clone().upload()));
+                    }
+                }
                 () = sleep(IDLE / 2), if until_idle => {}
             }
             while tasks.try_join_next().is_some() {}
@@ -279,6 +287,28 @@ impl Agent {
             noted.forget()?;
         }
         Ok(())
+    }
+
+    /// True when copies wait to be uploaded.
+    async fn has_uploads(&self) -> bool {
+        let pool = self.0.pool.clone();
+        match blocking(move || snapshot::pending(&pool)).await {
+            Ok(pending) => !pending.is_empty(),
+            Err(error) => {
+                tracing::warn!(%error, "the uploads of the pool can't be listed");
+                false
+            }
+        }
+    }
+
+    /// Uploads what waits, unless someone is at it. In a process of its own, since idle priority is for good.
+    async fn upload(self) {
+        let command = self.0.serving.programs.upload(&self.0.pool);
+        match tokio::process::Command::from(command).status().await {
+            Ok(status) if status.success() => {}
+            Ok(status) => tracing::warn!(%status, "an upload failed; it is tried again"),
+            Err(error) => tracing::warn!(%error, "an upload could not be started"),
+        }
     }
 
     /// Ends pins that hold data for nothing.

@@ -27,6 +27,7 @@ const MAX_COMPLAINT: u64 = 4096;
 /// |---|---|
 /// | `image-server ...` | runs a [`Server`](crate::lazy::server::Server) with these options |
 /// | `pool agent --pool DIR --until-idle` | runs an [`Agent`](crate::agent::Agent) |
+/// | `volume upload --pool DIR` | uploads what waits |
 /// | `freeze-guard` | runs the guard of a freeze |
 #[derive(Clone, Debug)]
 pub struct Programs {
@@ -72,6 +73,14 @@ impl Programs {
         ];
         let log = pool.run_directory()?.join("agent.log");
         self.start(args.to_vec(), Stdio::null(), &log)
+    }
+
+    /// The command that uploads what waits in a pool, and ends.
+    pub(crate) fn upload(&self, pool: &Pool) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(["volume", "upload", "--quiet", "--pool"]).arg(pool.root());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command
     }
 
     fn start(&self, args: Vec<OsString>, stdin: Stdio, log: &Path) -> Result<()> {
