@@ -114,14 +114,16 @@ impl Pool {
         Ok(noted)
     }
 
-    /// What a note is about, if a volume has the pin: then nothing is to be ended.
-    pub(crate) fn has_pin(&self, pin: SnapshotId) -> Result<bool> {
+    /// True if a volume needs the pin: then nothing is to be ended.
+    pub(crate) fn needs_pin(&self, pin: SnapshotId) -> Result<bool> {
         for volume in self.volumes()? {
             match volume.state() {
-                Ok(state) if state.lazy.as_ref().is_some_and(|lazy| lazy.pin == pin) => {
-                    return Ok(true);
+                Ok(state) => {
+                    if state.lazy.is_some_and(|lazy| lazy.pin == pin && !lazy.hydrated) {
+                        return Ok(true);
+                    }
                 }
-                Ok(_) | Err(Error::Unknown { .. }) => {}
+                Err(Error::Unknown { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -143,7 +145,7 @@ pub async fn settle(pool: &Pool, url: &str, repo: &Repository, ctx: &Context) ->
     let mut ended = 0;
     for noted in noted.into_iter().filter(|noted| noted.repository() == url) {
         let (pool, pin) = (pool.clone(), noted.pin());
-        if !blocking(move || pool.has_pin(pin)).await? {
+        if !blocking(move || pool.needs_pin(pin)).await? {
             ClonePin::taken(repo, pin, noted.snapshot()).end(ctx).await?;
             ended += 1;
         }
