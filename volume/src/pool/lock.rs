@@ -20,7 +20,15 @@ const MAX_HOLDER_BYTES: u64 = 256;
 /// A lock that this process has until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing the file would do, if no other thread were just starting a program: until that runs, it has the file open
+        // as well.
+        let _ = files::unlock(&self.file);
+    }
 }
 
 impl Lock {
@@ -40,7 +48,7 @@ impl Lock {
                 // The directory may have been deleted or renamed while this waited, and another be in its place.
                 if is_at(&file, path).map_err(Error::io("look at", path))? {
                     introduce(&file);
-                    return Ok(Self { _file: file });
+                    return Ok(Self { file });
                 }
                 continue;
             }

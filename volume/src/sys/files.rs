@@ -61,6 +61,11 @@ pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
     }
 }
 
+/// Gives the lock of an open file back, also on behalf of processes that have inherited it.
+pub(crate) fn unlock(file: &File) -> io::Result<()> {
+    Ok(rustix::fs::flock(file, FlockOperation::Unlock)?)
+}
+
 /// Sets an attribute of a file, as `chattr +` does.
 pub(crate) fn set_flag(file: &File, flag: IFlags) -> io::Result<()> {
     let flags = rustix::fs::ioctl_getflags(file)?;
@@ -128,8 +133,13 @@ mod tests {
         let second = File::open(dir.path()).unwrap();
         assert!(try_lock(&first).unwrap());
         assert!(!try_lock(&second).unwrap());
-        drop(first);
+        let inherited = first.try_clone().unwrap();
+        unlock(&first).unwrap();
         assert!(try_lock(&second).unwrap());
+        drop((second, inherited));
+        assert!(try_lock(&first).unwrap());
+        drop(first);
+        assert!(try_lock(&File::open(dir.path()).unwrap()).unwrap());
     }
 
     #[test]
