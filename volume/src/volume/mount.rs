@@ -45,11 +45,21 @@ impl LockedVolume {
             return Err(self.volume.in_use(format!("mounted at {}", there.display())));
         }
         // Only a device that is writable can be mounted so; a read-only mount can be of either.
-        let attachment = match self.volume.attachment()? {
+        let before = self.volume.attachment()?;
+        let is_new = before.is_none();
+        let attachment = match before {
             Some(attachment) if read_only || !attachment.read_only => attachment,
             _ => self.attach(read_only)?,
         };
-        let device = attachment.device;
+        let mounted = self.mount_device(attachment.device, at, read_only);
+        if mounted.is_err() && is_new {
+            // Refused by itself if it did get mounted. The first error tells more.
+            let _ = self.detach();
+        }
+        mounted
+    }
+
+    fn mount_device(&mut self, device: PathBuf, at: PathBuf, read_only: bool) -> Result<()> {
         let filesystem = self.filesystem_on(&device)?;
         let mount = || {
             mount(&device, &at, filesystem, read_only).map_err(|cause| {
