@@ -15,14 +15,26 @@ use crate::session::Session;
 /// How long a read of a lazy clone waits for a repository that is away.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Serves lazy clones with processes of this very program.
-pub fn serving() -> Result<Serving, Failure> {
+/// Serves lazy clones with processes of this very program, which open repositories with the same secret.
+pub fn serving(session: &Session) -> Result<Serving, Failure> {
     let program = std::env::current_exe().map_err(|cause| Error::Io {
         action: "find",
         path: "petra".into(),
         cause,
     })?;
-    Ok(Serving { programs: Programs::new(program), patience: PATIENCE })
+    let programs = Programs::new(program, session.secret_options());
+    Ok(Serving { programs, patience: PATIENCE })
+}
+
+/// Fails where the processes behind a lazy clone could not open its repository, since its passphrase was typed.
+pub fn can_be_served(session: &Session, repository: &Repository) -> Result<(), Failure> {
+    if repository.config().encryption.is_none() || session.secret()?.is_some() {
+        return Ok(());
+    }
+    let text =
+        "a clone fetches after this command has ended, and can't ask for the passphrase again";
+    let hint = "give it as --passphrase-file or --key-file, or in the environment";
+    Err(Failure::fix(text).hint(hint))
 }
 
 /// Opens repositories with the secret that this process was given.

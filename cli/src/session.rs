@@ -1,5 +1,6 @@
 //! What all commands share.
 
+use std::ffi::OsString;
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
 
@@ -94,6 +95,14 @@ impl Session {
     /// The secret that options or the environment hold.
     pub fn secret(&self) -> Result<Option<Secret>, Failure> {
         secrets::given(&self.global)
+    }
+
+    /// The options that name the secret, for other processes of this program.
+    pub fn secret_options(&self) -> Vec<OsString> {
+        let Global { passphrase_file, key_file, .. } = &self.global;
+        let named = [("--passphrase-file", passphrase_file), ("--key-file", key_file)];
+        let given = named.into_iter().filter_map(|(name, file)| Some((name, file.as_ref()?)));
+        given.flat_map(|(name, file)| [name.into(), file.as_os_str().to_owned()]).collect()
     }
 
     /// Waits for a request that takes no context of its own. Such a request changes nothing, so that it can be

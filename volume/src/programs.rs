@@ -32,12 +32,13 @@ const MAX_COMPLAINT: u64 = 4096;
 #[derive(Clone, Debug)]
 pub struct Programs {
     program: PathBuf,
+    options: Vec<OsString>,
 }
 
 impl Programs {
-    /// The program that is run.
-    pub fn new(program: impl Into<PathBuf>) -> Self {
-        Self { program: program.into() }
+    /// The program that is run, and options that it gets before each of the commands.
+    pub fn new(program: impl Into<PathBuf>, options: Vec<OsString>) -> Self {
+        Self { program: program.into(), options }
     }
 
     /// The program itself.
@@ -78,6 +79,7 @@ impl Programs {
     /// The command that uploads what waits in a pool, and ends.
     pub(crate) fn upload(&self, pool: &Pool) -> Command {
         let mut command = Command::new(&self.program);
+        command.args(&self.options);
         command.args(["volume", "upload", "--quiet", "--pool"]).arg(pool.root());
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command
@@ -89,7 +91,7 @@ impl Programs {
         let log_file = log_file.map_err(Error::io("open", log))?;
         let said = log_file.metadata().map_err(Error::io("look at", log))?.len();
         let mut command = Command::new(&self.program);
-        command.args(args).stdin(stdin).stdout(Stdio::piped());
+        command.args(&self.options).args(args).stdin(stdin).stdout(Stdio::piped());
         if std::env::var_os(LOG).is_none() {
             command.env(LOG, "info");
         }

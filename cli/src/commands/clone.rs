@@ -89,7 +89,7 @@ impl Mount {
         let pool = self.pool.open_to_change(session)?;
         let name = Name::new("volume", format!("mount-{}", SystemHost.new_id()))?;
         let made = make(session, &pool, &self.url, name, true).await?;
-        let serving = node::serving()?;
+        let serving = node::serving(session)?;
         let mounted = made.volume.lock().and_then(|mut locked| {
             locked.attach_served(&serving, self.read_only)?;
             locked.mount(&self.directory, self.read_only)
@@ -133,6 +133,7 @@ async fn make(
     let repository = session.open(&url).await?;
     let snapshot = session.unless_cancelled(lookup::snapshot(&repository, &url)).await?;
     let volume = lookup::one_volume(&snapshot, &url)?.clone();
+    node::can_be_served(session, &repository)?;
     let activity = session.activity("clone");
     let request = CloneRequest {
         name,

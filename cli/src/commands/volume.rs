@@ -209,7 +209,7 @@ impl Volume {
             Action::Info(volume) => info(&volume.find()?, session),
             Action::Attach { volume, read_only } => {
                 let mut locked = volume.lock(session)?;
-                let attachment = locked.attach_served(&node::serving()?, read_only)?;
+                let attachment = locked.attach_served(&node::serving(session)?, read_only)?;
                 report(locked.volume(), session, |_| format!("{}\n", attachment.device.display()))
             }
             Action::Detach(volume) => {
@@ -219,7 +219,7 @@ impl Volume {
             }
             Action::Mount { volume, directory, read_only } => {
                 let mut locked = volume.lock(session)?;
-                locked.attach_served(&node::serving()?, read_only)?;
+                locked.attach_served(&node::serving(session)?, read_only)?;
                 locked.mount(&directory, read_only)?;
                 report(locked.volume(), session, |_| String::new())
             }
