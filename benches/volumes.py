@@ -95,10 +95,14 @@ def pause(bench: Bench) -> None:
         with bench.pool(kind) as root:
             bench.run("volume", "create", "--pool", root, "v", "--size", "6G")
             bench.run("volume", "mount", "--pool", root, "v", bench.directory / "at")
+            write_noise(bench.directory / "at/file", 3 * GIB, 2)
             for label, prepare in (("", False), (", very many extents", True)):
                 if prepare:
+                    # What is shared with a copy gets a place of its own when it is overwritten.
+                    kept = bench.run("volume", "snapshot", "--pool", root, "v", f"{bench.directory}/repo#e/r", "--later")
                     bench.fio(bench.directory / "at/file", "--size=3G", "--bs=4k", "--rw=randwrite", "--iodepth=32",
                               seconds=30)
+                    bench.run("volume", "upload", "--pool", root, "--give-up", kept["upload"])
                 extents = bench.run("volume", "info", "--pool", root, "v")["usage"]["extents"]
                 load = subprocess.Popen(
                     ["fio", "--name=x", f"--filename={bench.directory / 'at/file'}", "--size=3G", "--bs=128k", "--rw=randwrite",
