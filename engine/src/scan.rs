@@ -7,7 +7,7 @@
 //!
 //! The window is small so that data is still in the processor's cache when it is hashed and compressed.
 //!
-//! A part of a segment can be scanned by itself, from any boundary between two pieces: [`crate::splice`] does.
+//! A part of a segment can be scanned by itself, from any boundary between two pieces: `splice` does.
 
 use std::ops::Range;
 
