@@ -81,8 +81,13 @@ impl Directory {
             let flags = OFlags::TMPFILE.bits().cast_signed();
             match OpenOptions::new().write(true).custom_flags(flags).open(folder) {
                 Ok(file) => return Ok(Draft { file, name: None }),
-                // How filesystems and old kernels say that they don't know unnamed files.
-                Err(error) if is_any(&error, &[Errno::OPNOTSUPP, Errno::ISDIR, Errno::INVAL]) => {}
+                // How filesystems and old kernels say that they don't know unnamed files; and with PERM, ext4 that the
+                // folder was deleted since it was looked up. Whoever really may not write finds out below.
+                Err(error)
+                    if is_any(
+                        &error,
+                        &[Errno::OPNOTSUPP, Errno::ISDIR, Errno::INVAL, Errno::PERM],
+                    ) => {}
                 Err(error) => return Err(error),
             }
         }
