@@ -17,12 +17,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Serves lazy clones with processes of this very program, which open repositories with the same secret.
 pub fn serving(session: &Session) -> Result<Serving, Failure> {
-    let program = std::env::current_exe().map_err(|cause| Error::Io {
-        action: "find",
-        path: "petra".into(),
-        cause,
-    })?;
-    let programs = Programs::new(program, session.secret_options());
+    let find = |cause| Error::Io { action: "find", path: "petra".into(), cause };
+    let program = std::env::current_exe().map_err(find)?;
+    let programs = Programs::new(program, session.secret_options().map_err(find)?);
     Ok(Serving { programs, patience: PATIENCE })
 }
 

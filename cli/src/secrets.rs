@@ -1,8 +1,9 @@
 //! Passphrases and key files: from options, the environment or a prompt. None is ever printed.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{IsTerminal, Read, stderr, stdin};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use petra_engine::{Error, Secret};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
@@ -36,6 +37,23 @@ pub fn given(global: &Global) -> Result<Option<Secret>, Failure> {
         ))
         .hint("unset all but one, or say --passphrase-file or --key-file")),
     }
+}
+
+/// Options that name the same files, for a process in another directory. A passphrase in the environment is there for it
+/// anyway.
+pub fn options(global: &Global) -> std::io::Result<Vec<OsString>> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let (mut passphrase, mut key) = (global.passphrase_file.clone(), global.key_file.clone());
+    if passphrase.is_none() && key.is_none() {
+        (passphrase, key) = (set(PASSPHRASE_FILE), set(KEY_FILE));
+    }
+    let mut options = vec![];
+    for (name, file) in [("--passphrase-file", passphrase), ("--key-file", key)] {
+        if let Some(file) = file {
+            options.extend([name.into(), std::path::absolute(file)?.into()]);
+        }
+    }
+    Ok(options)
 }
 
 /// The secret in one of two files.

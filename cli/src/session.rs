@@ -97,12 +97,9 @@ impl Session {
         secrets::given(&self.global)
     }
 
-    /// The options that name the secret, for other processes of this program.
-    pub fn secret_options(&self) -> Vec<OsString> {
-        let Global { passphrase_file, key_file, .. } = &self.global;
-        let named = [("--passphrase-file", passphrase_file), ("--key-file", key_file)];
-        let given = named.into_iter().filter_map(|(name, file)| Some((name, file.as_ref()?)));
-        given.flat_map(|(name, file)| [name.into(), file.as_os_str().to_owned()]).collect()
+    /// The options that name the secret, for other processes of this program, in any directory.
+    pub fn secret_options(&self) -> std::io::Result<Vec<OsString>> {
+        secrets::options(&self.global)
     }
 
     /// Waits for a request that takes no context of its own. Such a request changes nothing, so that it can be

@@ -36,7 +36,8 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// The program that is run, and options that it gets before each of the commands.
+    /// The program that is run, and options that it gets before each of the commands. It runs in `/`: paths in the options
+    /// must be absolute.
     pub fn new(program: impl Into<PathBuf>, options: Vec<OsString>) -> Self {
         Self { program: program.into(), options }
     }
@@ -91,6 +92,8 @@ impl Programs {
         let log_file = log_file.map_err(Error::io("open", log))?;
         let said = log_file.metadata().map_err(Error::io("look at", log))?.len();
         let mut command = Command::new(&self.program);
+        // It must not keep the directory in use in which somebody happened to be.
+        command.current_dir("/");
         command.args(&self.options).args(args).stdin(stdin).stdout(Stdio::piped());
         if std::env::var_os(LOG).is_none() {
             command.env(LOG, "info");

@@ -26,6 +26,16 @@ pub struct Snapshot {
     /// The run that the snapshot belongs to: REPOSITORY#EXPERIMENT/RUN
     #[arg(required = true, value_name = "URL")]
     url: String,
+    #[command(flatten)]
+    words: Words,
+    /// The snapshot of this run to build on (id, name or @latest), or none [default: the newest]
+    #[arg(long, value_name = "SNAPSHOT")]
+    parent: Option<String>,
+}
+
+/// What is said of a snapshot.
+#[derive(Debug, clap::Args)]
+pub(super) struct Words {
     /// A name for the snapshot; the newest one of a name is found by it
     #[arg(long)]
     name: Option<String>,
@@ -38,9 +48,25 @@ pub struct Snapshot {
     /// Anything that programs want to keep with it; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
-    /// The snapshot of this run to build on (id, name or @latest), or none [default: the newest]
-    #[arg(long, value_name = "SNAPSHOT")]
-    parent: Option<String>,
+}
+
+/// The same, checked.
+pub(super) struct Description {
+    pub name: Option<Name>,
+    pub labels: BTreeMap<String, String>,
+    pub message: Option<String>,
+    pub metadata: BTreeMap<String, String>,
+}
+
+impl Words {
+    pub(super) fn check(self) -> Result<Description, Failure> {
+        Ok(Description {
+            name: self.name.map(|name| Name::new("snapshot", name)).transpose()?,
+            labels: unique("label", self.labels)?,
+            message: self.message,
+            metadata: unique("metadata key", self.metadata)?,
+        })
+    }
 }
 
 impl Snapshot {
@@ -56,11 +82,12 @@ impl Snapshot {
             volumes.push((name, Arc::new(source)));
         }
         let repository = session.open(&url).await?;
+        let Description { name, labels, message, metadata } = self.words.check()?;
         let request = SnapshotRequest {
-            name: self.name.map(|name| Name::new("snapshot", name)).transpose()?,
-            labels: unique("label", self.labels)?,
-            message: self.message,
-            metadata: unique("metadata key", self.metadata)?,
+            name,
+            labels,
+            message,
+            metadata,
             parent: parent(&repository, &url, self.parent.as_deref()).await?,
             experiment,
             run,
@@ -195,17 +222,14 @@ async fn parent(
     Ok(Parent::Snapshot(lookup::snapshot(repository, &url).await?.id))
 }
 
-pub(super) fn pair(text: &str) -> Result<(String, String), String> {
+fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("write it as KEY=VALUE".to_owned()),
     }
 }
 
-pub(super) fn unique(
-    what: &str,
-    pairs: Vec<(String, String)>,
-) -> Result<BTreeMap<String, String>, Failure> {
+fn unique(what: &str, pairs: Vec<(String, String)>) -> Result<BTreeMap<String, String>, Failure> {
     let mut map = BTreeMap::new();
     for (key, value) in pairs {
         if map.contains_key(&key) {

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::gc::duration;
 use super::pool::PoolOption;
-use super::snapshot::{not_a_run, pair, summary, unique};
+use super::snapshot::{Description, Words, not_a_run, summary};
 use crate::failure::Failure;
 use crate::session::Session;
 use crate::text::{duration_ms, size};
@@ -32,18 +32,8 @@ pub struct Snapshot {
     /// The run that the snapshot belongs to: REPOSITORY#EXPERIMENT/RUN
     #[arg(required = true, value_name = "URL")]
     url: String,
-    /// A name for the snapshot; the newest one of a name is found by it
-    #[arg(long)]
-    name: Option<String>,
-    /// A label such as step=train or phase=final; may be repeated
-    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = pair)]
-    labels: Vec<(String, String)>,
-    /// A sentence for people
-    #[arg(long, short)]
-    message: Option<String>,
-    /// Anything that programs want to keep with it; may be repeated
-    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
-    metadata: Vec<(String, String)>,
+    #[command(flatten)]
+    words: Words,
     /// A line for the shell to run before the volumes are frozen; if it fails there is no snapshot
     #[arg(long, value_name = "COMMAND")]
     hook_before: Option<OsString>,
@@ -103,15 +93,16 @@ impl Snapshot {
         // What is wrong with the repository should show before anything is frozen.
         let repository = session.open(&url).await?;
         let hook = |line: Option<OsString>| line.map(|line| Hook::shell(line, self.hook_limit));
+        let Description { name, labels, message, metadata } = self.words.check()?;
         let request = GroupRequest {
             target: Target {
                 repository: url.repository.to_string(),
                 experiment,
                 run,
-                name: self.name.map(|name| Name::new("snapshot", name)).transpose()?,
-                labels: unique("label", self.labels)?,
-                message: self.message,
-                metadata: unique("metadata key", self.metadata)?,
+                name,
+                labels,
+                message,
+                metadata,
             },
             volumes: self.volumes.iter().map(|text| named(text)).collect::<Result<_, _>>()?,
             before: hook(self.hook_before),

@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use super::{Pool, entries};
 use crate::error::{Error, Result};
+use crate::freeze;
 use crate::snapshot;
 use crate::sys::loops::LoopDevice;
 use crate::sys::{files, mounts};
@@ -211,8 +212,8 @@ impl LockedVolume {
 /// Thaws the volume's file system if it is frozen: whoever freezes has the volume's lock until it is thawed.
 fn thaw(volume: &Volume, recovery: &mut Recovery) -> Result<()> {
     // All mounts of a file system are frozen together.
-    let Some(at) = volume.mounts()?.into_iter().next() else { return Ok(()) };
-    if mounts::thaw(&at).map_err(Error::io("thaw", &at))? {
+    let any = volume.mounts()?.into_iter().next();
+    for at in freeze::thaw_all(any.as_deref())? {
         recovery.done.push(Recovered::Thawed { volume: volume.name().to_string(), at });
     }
     Ok(())

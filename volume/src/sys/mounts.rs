@@ -2,7 +2,7 @@
 
 use std::ffi::{CString, OsString};
 use std::fmt;
-use std::fs::{File, Metadata};
+use std::fs::Metadata;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -10,11 +10,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use rustix::fs::{major, minor};
-use rustix::io::Errno;
-use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mount::{MountFlags, UnmountFlags};
-
-const THAW: Opcode = opcode::read_write::<i32>(b'X', 120);
 
 /// A device's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -150,16 +146,4 @@ pub(crate) fn mount(
 /// Ends the topmost mount at a directory. [`Errno::BUSY`] while someone uses it.
 pub(crate) fn unmount(at: &Path) -> io::Result<()> {
     Ok(rustix::mount::unmount(at, UnmountFlags::NOFOLLOW)?)
-}
-
-/// Thaws the file system that a path lies on. True if it was frozen.
-pub(crate) fn thaw(at: &Path) -> io::Result<bool> {
-    let top = File::open(at)?;
-    let mut ignored = 0;
-    // SAFETY: the opcode takes a number that the kernel ignores.
-    match unsafe { ioctl(&top, Updater::<THAW, i32>::new(&mut ignored)) } {
-        Ok(()) => Ok(true),
-        Err(Errno::INVAL) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
 }
