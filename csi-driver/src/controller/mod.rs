@@ -1,0 +1,1 @@
+//! The services Controller, GroupController and SnapshotMetadata.

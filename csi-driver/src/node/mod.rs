@@ -1,0 +1,1 @@
+//! The service Node: devices and mounts of this node.
