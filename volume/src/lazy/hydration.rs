@@ -13,14 +13,15 @@ use super::wire::{ToAgent, ToServer};
 
 /// Absent runs that lie closer together are fetched as one.
 const GAP_BYTES: u64 = 1 << 20;
-/// After so much hydrated data it is made durable.
-const FLUSH_BYTES: u64 = 1 << 30;
+/// After so much hydrated data it is made durable, while more comes: at the end there is little left to write.
+const FLUSH_BYTES: u64 = 128 << 20;
 
 /// Brings everything that is absent, the start list first. Ends without an event when the server is gone.
 pub(super) async fn hydrate(agent: Arc<Agent>, start_list: Vec<Range<u64>>) {
     let mut hydration = Hydration {
         agent: agent.clone(),
         reads: JoinSet::new(),
+        flush: JoinSet::new(),
         damaged: BTreeSet::new(),
         unflushed_bytes: 0,
     };
@@ -40,6 +41,8 @@ struct Hydration {
     agent: Arc<Agent>,
     /// Each gives the parts that can't be read.
     reads: JoinSet<Result<Vec<Range<u64>>, Gone>>,
+    /// The one that is under way.
+    flush: JoinSet<Result<(), Gone>>,
     /// Start and end of what can't be read.
     damaged: BTreeSet<(u64, u64)>,
     unflushed_bytes: u64,
@@ -78,7 +81,8 @@ impl Hydration {
                 self.note(read)?;
             }
             if left == 0 {
-                return self.flush().await;
+                self.begin_flush().await?;
+                return self.end_flush().await;
             }
             if left >= left_before {
                 // The server can't store what it gets: a person may make room meanwhile.
@@ -132,7 +136,7 @@ impl Hydration {
     /// Begins to bring a range, when it may.
     async fn start(&mut self, range: Range<u64>) -> Result<(), Gone> {
         if self.unflushed_bytes >= FLUSH_BYTES {
-            self.flush().await?;
+            self.begin_flush().await?;
         }
         self.unflushed_bytes += range.end - range.start;
         self.agent.make_way().await;
@@ -170,14 +174,25 @@ impl Hydration {
         Ok(())
     }
 
-    async fn flush(&mut self) -> Result<(), Gone> {
-        match self.agent.ask(|question| ToServer::Flush { question }).await? {
-            ToAgent::Flushed { done: true, .. } => {
-                self.unflushed_bytes = 0;
-                Ok(())
+    /// Makes durable what has come so far. One flush at a time: a slow disk slows the rest down.
+    async fn begin_flush(&mut self) -> Result<(), Gone> {
+        self.end_flush().await?;
+        self.unflushed_bytes = 0;
+        let agent = self.agent.clone();
+        self.flush.spawn(async move {
+            match agent.ask(|question| ToServer::Flush { question }).await? {
+                ToAgent::Flushed { done: true, .. } => Ok(()),
+                // The server says why in its log. What is not durable must not count as hydrated.
+                _ => Err(Gone),
             }
-            // The server says why in its log. What is not durable must not count as hydrated.
-            _ => Err(Gone),
+        });
+        Ok(())
+    }
+
+    async fn end_flush(&mut self) -> Result<(), Gone> {
+        match self.flush.join_next().await {
+            Some(flushed) => flushed.map_err(|_| Gone)?,
+            None => Ok(()),
         }
     }
 }
