@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::IFlags;
 
-use super::{Backend, BackendKind, IMAGE, PendingCopy, new_file, open_image};
+use super::{Backend, BackendKind, IMAGE, PendingCopy, new_file};
 use crate::error::{Error, Result};
 use crate::sys::{btrfs, files};
 
@@ -39,10 +39,10 @@ impl Backend for Btrfs {
     }
 
     fn begin_copy(&self, live: &Path, copy: &Path) -> Result<Box<dyn PendingCopy>> {
-        // What is dirty in the page cache (with direct I/O nothing) is written now rather than in the freeze.
-        let image = live.join(IMAGE);
-        open_image(&image, false)?.sync_data().map_err(Error::io("sync", &image))?;
         let top = File::open(live).map_err(Error::io("open", live))?;
+        // A snapshot is taken by the commit of a transaction, with all else that is in it: what has gathered is committed
+        // now rather than in the freeze. Not by BTRFS_IOC_SYNC, which wakes the cleaner.
+        rustix::fs::syncfs(&top).map_err(Error::io("sync", live))?;
         Ok(Box::new(Pending { live: top, copy: copy.to_owned(), published: false }))
     }
 
@@ -58,7 +58,12 @@ impl Backend for Btrfs {
 
     fn delete(&self, dir: &Path) -> Result<()> {
         match btrfs::is_subvolume(dir) {
-            Ok(true) => btrfs::delete_subvolume(dir).map_err(Error::io("delete subvolume", dir)),
+            Ok(true) => {
+                btrfs::delete_subvolume(dir).map_err(Error::io("delete subvolume", dir))?;
+                // Wakes the cleaner, which gives the room back: else it begins at any time in the next 30 seconds, in the
+                // midst of a freeze maybe.
+                self.reclaim(files::parent(dir))
+            }
             // A creation that ended before there was a subvolume.
             Ok(false) => std::fs::remove_dir_all(dir).map_err(Error::io("delete", dir)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
