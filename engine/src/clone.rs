@@ -89,7 +89,7 @@ impl ClonePin {
 
 impl Repository {
     /// True when a clone needs its pins no longer, as far as that is not in a grave.
-    pub(crate) async fn has_ended(&self, clone: SnapshotId) -> Result<bool> {
+    pub async fn has_ended(&self, clone: SnapshotId) -> Result<bool> {
         match self.store().get(&Key::end(clone)).await {
             Ok(_) => Ok(true),
             Err(error) if error.is_not_found() => Ok(false),

@@ -242,22 +242,16 @@ impl Repository {
 
     /// Like [`snapshots`](Self::snapshots), but a damaged record costs no others.
     pub async fn listing(&self, scope: &Item) -> Result<Listing> {
-        let (prefix, experiment, run) = match scope {
-            Item::Repository => (key::RUNS.to_owned(), None, None),
-            Item::Experiment(experiment) => {
-                (key::experiment_prefix(&self.keys, experiment), Some(experiment), None)
-            }
-            Item::Run { experiment, run } => {
-                (key::run_prefix(&self.keys, experiment, run), Some(experiment), Some(run))
-            }
+        let (experiment, run) = match scope {
+            Item::Repository => (None, None),
+            Item::Experiment(experiment) => (Some(experiment), None),
+            Item::Run { experiment, run } => (Some(experiment), Some(run)),
             Item::Snapshot { snapshot, .. } => {
                 let records = vec![Box::pin(self.find(snapshot)).await?];
                 return Ok(Listing { records, unreadable: vec![] });
             }
         };
-        let listed = self.listed(&prefix).await?;
-        let sessions = listed.into_iter().map(|entry| entry.session).collect();
-        let listing = self.read_records(sessions).await?;
+        let listing = self.read_records(self.ids(scope).await?).await?;
         if listing.records.is_empty()
             && listing.unreadable.is_empty()
             && let Some(experiment) = experiment
@@ -268,6 +262,23 @@ impl Repository {
             });
         }
         Ok(listing)
+    }
+
+    /// The ids of snapshots that are not deleted, and of sessions that may become some, in no order. The scope is the
+    /// repository, an experiment or a run.
+    pub async fn ids(&self, scope: &Item) -> Result<Vec<SnapshotId>> {
+        let prefix = match scope {
+            Item::Repository => key::RUNS.to_owned(),
+            Item::Experiment(experiment) => key::experiment_prefix(&self.keys, experiment),
+            Item::Run { experiment, run } => key::run_prefix(&self.keys, experiment, run),
+            Item::Snapshot { snapshot, .. } => return Ok(vec![Box::pin(self.find(snapshot)).await?.id]),
+        };
+        Ok(self.listed(&prefix).await?.into_iter().map(|entry| entry.session).collect())
+    }
+
+    /// The records of those of some sessions that are snapshots.
+    pub async fn records(&self, sessions: Vec<SnapshotId>) -> Result<Listing> {
+        self.read_records(sessions).await
     }
 
     /// The record of one snapshot.
