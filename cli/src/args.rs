@@ -70,6 +70,9 @@ pub struct Global {
     /// Open an encrypted repository with this key file [env: PETRA_KEY_FILE].
     #[arg(long, global = true, value_name = "FILE")]
     pub key_file: Option<PathBuf>,
+    /// A directory with the secrets of several repositories, of which those of the URL at hand go before all others.
+    #[arg(long, global = true, value_name = "DIR", hide = true)]
+    pub secrets: Option<PathBuf>,
 }
 
 impl Global {

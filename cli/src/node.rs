@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use petra_engine::{Error, Repository, RepositoryUrl, Secret, store};
+use petra_engine::access::SecretsDirectory;
+use petra_engine::{Access, Error, Repository, RepositoryUrl};
 use petra_volume::agent::Repositories;
 use petra_volume::programs::Programs;
 use petra_volume::volume::Serving;
@@ -28,35 +29,42 @@ pub fn can_be_served(session: &Session, repository: &Repository) -> Result<(), F
     if repository.config().encryption.is_none() || session.secret()?.is_some() {
         return Ok(());
     }
+    if session.access(&repository.location().parse()?)?.secret.is_some() {
+        return Ok(());
+    }
     let text =
         "a clone fetches after this command has ended, and can't ask for the passphrase again";
     let hint = "give it as --passphrase-file or --key-file, or in the environment";
     Err(Failure::fix(text).hint(hint))
 }
 
-/// Opens repositories with the secret that this process was given.
+/// Opens repositories with what is kept for them, or with the secret that this process was given.
 #[derive(Debug)]
 struct Opener {
-    secret: Option<Secret>,
+    directory: Option<SecretsDirectory>,
+    given: Access,
 }
 
 #[async_trait]
 impl Repositories for Opener {
     async fn open(&self, url: &str) -> petra_engine::Result<Repository> {
         let url: RepositoryUrl = url.parse()?;
-        let store = store::open(&url).await?;
-        match &self.secret {
-            Some(secret) => match Repository::unlock(store.clone(), secret).await {
-                // A machine's volumes may come from several repositories.
-                Err(Error::NotEncrypted { .. }) => Repository::open(store).await,
-                opened => opened,
-            },
-            None => Repository::open(store).await,
+        // Read each time: there may be new ones.
+        let kept = match &self.directory {
+            Some(directory) => directory.access(&url)?,
+            None => None,
+        };
+        match kept {
+            Some(access) if access.secret.is_some() => access.open(&url).await,
+            // A machine's volumes may come from several repositories.
+            Some(access) => Access { secret: self.given.secret.clone(), ..access }.open_any(&url).await,
+            None => self.given.open_any(&url).await,
         }
     }
 }
 
 /// Opens repositories for an agent.
 pub fn repositories(session: &Session) -> Result<Arc<dyn Repositories>, Failure> {
-    Ok(Arc::new(Opener { secret: session.secret()? }))
+    let given = Access { s3: None, secret: session.secret()? };
+    Ok(Arc::new(Opener { directory: session.secrets_directory(), given }))
 }

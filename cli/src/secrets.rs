@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{IsTerminal, Read, stderr, stdin};
 use std::path::{Path, PathBuf};
 
+use petra_engine::access::SecretsDirectory;
 use petra_engine::{Error, Secret};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
@@ -39,6 +40,11 @@ pub fn given(global: &Global) -> Result<Option<Secret>, Failure> {
     }
 }
 
+/// The directory with secrets of several repositories.
+pub fn directory(global: &Global) -> Option<SecretsDirectory> {
+    global.secrets.as_ref().map(SecretsDirectory::new)
+}
+
 /// Options that name the same files, for a process in another directory. A passphrase in the environment is there for it
 /// anyway.
 pub fn options(global: &Global) -> std::io::Result<Vec<OsString>> {
@@ -48,7 +54,10 @@ pub fn options(global: &Global) -> std::io::Result<Vec<OsString>> {
         (passphrase, key) = (set(PASSPHRASE_FILE), set(KEY_FILE));
     }
     let mut options = vec![];
-    for (name, file) in [("--passphrase-file", passphrase), ("--key-file", key)] {
+    let directory = global.secrets.clone();
+    let all =
+        [("--passphrase-file", passphrase), ("--key-file", key), ("--secrets", directory)];
+    for (name, file) in all {
         if let Some(file) = file {
             options.extend([name.into(), std::path::absolute(file)?.into()]);
         }

@@ -4,8 +4,9 @@ use std::ffi::OsString;
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
 
-use petra_engine::store::{self, Store};
-use petra_engine::{Context, Error, PetraUrl, Repository, RepositoryUrl, Secret};
+use petra_engine::access::SecretsDirectory;
+use petra_engine::store::Store;
+use petra_engine::{Access, Context, Error, PetraUrl, Repository, RepositoryUrl, Secret};
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
@@ -59,8 +60,12 @@ impl Session {
             return Ok(open.clone());
         }
         tracing::debug!(%repository, "open");
-        let store = self.unless_cancelled(store::open(&repository)).await.at(url)?;
-        let open = self.open_store(store, url).await?;
+        let mut access = self.access(&repository)?;
+        if access.secret.is_none() {
+            access.secret = self.secret()?;
+        }
+        let store = self.unless_cancelled(access.store(&repository)).await.at(url)?;
+        let open = self.open_store(store, access.secret, url).await?;
         opened.push((repository, open.clone()));
         Ok(open)
     }
@@ -69,9 +74,9 @@ impl Session {
     async fn open_store(
         &self,
         store: Arc<dyn Store>,
+        secret: Option<Secret>,
         url: &PetraUrl,
     ) -> Result<Repository, Failure> {
-        let secret = self.secret()?;
         let opened = self.unless_cancelled(async {
             match &secret {
                 Some(secret) => Repository::unlock(store.clone(), secret).await,
@@ -95,6 +100,17 @@ impl Session {
     /// The secret that options or the environment hold.
     pub fn secret(&self) -> Result<Option<Secret>, Failure> {
         secrets::given(&self.global)
+    }
+
+    /// The directory with secrets of several repositories.
+    pub fn secrets_directory(&self) -> Option<SecretsDirectory> {
+        secrets::directory(&self.global)
+    }
+
+    /// What that directory holds for a repository.
+    pub fn access(&self, repository: &RepositoryUrl) -> Result<Access, Failure> {
+        let Some(directory) = self.secrets_directory() else { return Ok(Access::default()) };
+        Ok(directory.access(repository)?.unwrap_or_default())
     }
 
     /// The options that name the secret, for other processes of this program, in any directory.

@@ -49,7 +49,28 @@ impl SnapshotId {
     pub fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(Ulid::from_bytes(bytes))
     }
+
+    /// The id that lies `k` after this one: of the same millisecond, with `k` more in its random part, which begins again
+    /// after its largest number. As good as a fresh one for whoever drew this, and found by whoever knows it.
+    #[must_use]
+    pub fn nth_after(self, k: u32) -> Self {
+        let all = u128::from_be_bytes(self.to_bytes());
+        let random = (all & RANDOM).wrapping_add(u128::from(k)) & RANDOM;
+        Self::from_bytes((all & !RANDOM | random).to_be_bytes())
+    }
+
+    /// How far this one lies after another: the `k` of [`nth_after`](Self::nth_after). None where no `k` leads here.
+    pub fn distance_after(self, first: Self) -> Option<u32> {
+        let [ours, theirs] = [self, first].map(|id| u128::from_be_bytes(id.to_bytes()));
+        if ours & !RANDOM != theirs & !RANDOM {
+            return None;
+        }
+        u32::try_from((ours & RANDOM).wrapping_sub(theirs & RANDOM) & RANDOM).ok()
+    }
 }
+
+/// The random bits of an id; the others are its time.
+const RANDOM: u128 = (1 << 80) - 1;
 
 impl fmt::Display for SnapshotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -157,3 +178,32 @@ impl FromStr for PackId {
 }
 
 serde_as_text!(PackId);
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn ids_after_an_id(ms in 0_u64..1 << 48, random: u128, k: u32, other: u32) {
+            let first = SnapshotId::from_parts(ms, random);
+            let later = first.nth_after(k);
+            prop_assert_eq!(later.unix_ms(), ms);
+            prop_assert_eq!(later.distance_after(first), Some(k));
+            prop_assert_eq!(first.nth_after(other) == later, other == k);
+            prop_assert_eq!(first.nth_after(0), first);
+            prop_assert_eq!(SnapshotId::from_parts(ms ^ 1, random).distance_after(first), None);
+            prop_assert_eq!(later.to_string().parse(), Ok(later));
+        }
+    }
+
+    #[test]
+    fn the_last_random_number_is_followed_by_the_first() {
+        let last = SnapshotId::from_parts(7, u128::MAX);
+        assert_eq!(last.nth_after(1), SnapshotId::from_parts(7, 0));
+        assert_eq!(last.nth_after(3).distance_after(last), Some(3));
+        assert_eq!(last.distance_after(last.nth_after(1)), None, "that is the long way round");
+    }
+}

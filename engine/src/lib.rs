@@ -16,6 +16,7 @@
 //! [`restore`](restore::restore) writes a volume of a record to a target. Everything takes a [`Context`]: clock,
 //! progress, cancellation and limits. docs/format.md defines every byte, docs/protocol.md the order of writes.
 
+pub mod access;
 pub mod chunker;
 mod chunks;
 pub mod clone;
@@ -62,6 +63,7 @@ pub mod usage;
 pub mod verify;
 mod workers;
 
+pub use access::Access;
 pub use context::Context;
 pub use crypto::{NewKey, Secret};
 pub use error::{Error, ErrorKind, Result};

@@ -14,25 +14,39 @@ use crate::error::{ErrorKind, Result};
 use crate::key::Key;
 use crate::url::RepositoryUrl;
 
+mod credentials;
 mod local;
 mod memory;
 #[cfg(feature = "s3")]
 mod s3;
 
+pub use credentials::S3Credentials;
 pub use local::LocalStore;
 pub use memory::MemoryStore;
 #[cfg(feature = "s3")]
-pub use s3::{S3Credentials, S3Options, S3Store};
+pub use s3::{S3Options, S3Store};
 
 /// Opens the store of a repository. Makes no request yet, so a bucket or directory that is not there is found by
 /// the first one.
 pub async fn open(url: &RepositoryUrl) -> Result<Arc<dyn Store>> {
+    open_with(url, None).await
+}
+
+/// The same with given credentials, where the store wants any, instead of those of the AWS default chain.
+pub async fn open_with(
+    url: &RepositoryUrl,
+    credentials: Option<&S3Credentials>,
+) -> Result<Arc<dyn Store>> {
     Ok(match url {
         RepositoryUrl::Directory(path) => Arc::new(LocalStore::new(path)),
         #[cfg(feature = "s3")]
-        RepositoryUrl::S3(location) => Arc::new(S3Store::connect(location).await?),
+        RepositoryUrl::S3(location) => {
+            let options = S3Options { credentials: credentials.cloned(), ..S3Options::default() };
+            Arc::new(S3Store::connect_with(location, options).await?)
+        }
         #[cfg(not(feature = "s3"))]
         RepositoryUrl::S3(_) => {
+            let _ = credentials;
             return Err(crate::Error::Request("this program was built without S3".to_owned()));
         }
     })

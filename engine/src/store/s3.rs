@@ -26,7 +26,7 @@ mod connection;
 mod failure;
 
 use self::connection::USUAL_REGION;
-pub use self::connection::{S3Credentials, S3Options};
+pub use self::connection::S3Options;
 
 /// Keys per listing request: the most that S3 gives.
 const PAGE: i32 = 1000;

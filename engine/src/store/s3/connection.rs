@@ -1,6 +1,5 @@
 //! Connecting: endpoint, region, credentials, time-outs and retries.
 
-use std::fmt;
 use std::time::Duration;
 
 use aws_config::environment::region::EnvironmentVariableRegionProvider;
@@ -16,6 +15,7 @@ use aws_sdk_s3::config::{
 };
 
 use crate::error::{Error, Result};
+use crate::store::S3Credentials;
 use crate::url::S3Location;
 
 /// How long a TCP connection and its TLS handshake may take.
@@ -24,24 +24,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// The region that servers other than AWS mostly expect when none is configured.
 pub(super) const USUAL_REGION: &str = "us-east-1";
-
-/// An access key: what a CSI secret or a test hands in.
-#[derive(Clone, PartialEq, Eq)]
-pub struct S3Credentials {
-    /// The access key's id.
-    pub access_key_id: String,
-    /// The secret.
-    pub secret_access_key: String,
-    /// The token of temporary credentials.
-    pub session_token: Option<String>,
-}
-
-impl fmt::Debug for S3Credentials {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let id = &self.access_key_id;
-        f.debug_struct("S3Credentials").field("access_key_id", id).finish_non_exhaustive()
-    }
-}
 
 /// How to reach a bucket, beyond what its URL says.
 #[derive(Clone, Debug)]
