@@ -57,7 +57,9 @@ impl Repositories for Opener {
         match kept {
             Some(access) if access.secret.is_some() => access.open(&url).await,
             // A machine's volumes may come from several repositories.
-            Some(access) => Access { secret: self.given.secret.clone(), ..access }.open_any(&url).await,
+            Some(access) => {
+                Access { secret: self.given.secret.clone(), ..access }.open_any(&url).await
+            }
             None => self.given.open_any(&url).await,
         }
     }

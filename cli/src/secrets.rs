@@ -55,8 +55,7 @@ pub fn options(global: &Global) -> std::io::Result<Vec<OsString>> {
     }
     let mut options = vec![];
     let directory = global.secrets.clone();
-    let all =
-        [("--passphrase-file", passphrase), ("--key-file", key), ("--secrets", directory)];
+    let all = [("--passphrase-file", passphrase), ("--key-file", key), ("--secrets", directory)];
     for (name, file) in all {
         if let Some(file) = file {
             options.extend([name.into(), std::path::absolute(file)?.into()]);

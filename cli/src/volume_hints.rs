@@ -39,6 +39,11 @@ pub fn hint(error: &Error) -> Option<String> {
             None => "fuser -vm and lsof show who uses it".to_owned(),
         },
         Error::Busy { .. } => "wait until it is done, and try again".to_owned(),
+        Error::Hydrating { .. } => {
+            "its data comes while it is attached: petra volume attach NAME, and petra volume info NAME \
+             tells when all is here"
+                .to_owned()
+        }
         Error::NoRoom { .. } => {
             "delete volumes or snapshots' copies, make the pool's file system larger, or see petra \
              pool status"

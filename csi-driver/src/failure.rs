@@ -21,7 +21,7 @@ pub fn of_volume(error: petra_volume::Error) -> Status {
         }
         // The caller comes again.
         Error::Busy { .. } => Code::Aborted,
-        Error::Thawed { .. } => Code::Unavailable,
+        Error::Thawed { .. } | Error::Hydrating { .. } => Code::Unavailable,
         Error::NoRoom { .. } => Code::ResourceExhausted,
         Error::Cancelled => Code::Cancelled,
         _ => Code::Internal,

@@ -51,6 +51,11 @@ pub struct LazyLab {
 impl LazyLab {
     /// Takes a snapshot of a volume and prepares a clone of it. `None` where this machine has no FUSE.
     pub fn new(volume: &Volume, direct: bool) -> Option<Self> {
+        Self::larger(volume, volume.len(), direct)
+    }
+
+    /// The same with a clone of another length.
+    pub fn larger(volume: &Volume, len_bytes: u64, direct: bool) -> Option<Self> {
         if !require::root() {
             return None;
         }
@@ -72,12 +77,12 @@ impl LazyLab {
             (repo, record)
         });
         let dir = tempfile::tempdir().expect("temporary directory");
-        let identity =
-            VolumeIdentity { id: SnapshotId::from_parts(1, 5), len_bytes: record.len_bytes };
+        let identity = VolumeIdentity { id: SnapshotId::from_parts(1, 5), len_bytes };
         let image = File::create(dir.path().join("image")).expect("a new file");
-        image.set_len(record.len_bytes).expect("a sparse file");
+        image.set_len(len_bytes).expect("a sparse file");
         std::fs::create_dir(dir.path().join("lazy")).expect("a directory");
-        Presence::create(&dir.path().join("presence"), identity).expect("a presence map");
+        let presence = dir.path().join("presence");
+        Presence::create(&presence, identity, record.len_bytes).expect("a presence map");
         Some(Self { dir, store, memory, repo, record, runtime, direct, identity })
     }
 

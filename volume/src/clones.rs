@@ -3,14 +3,21 @@
 //! Where the pool has a copy that holds what the snapshot holds, the volume is a copy by reference and complete at once.
 //! Elsewhere it is *lazy*: an empty image, whose data is fetched when it is touched and in the background
 //! ([`crate::lazy`]). Until all of it is here, a pin in the repository keeps the snapshot readable.
+//!
+//! A clone may be larger than what it is made from: its file system then grows at the next mount.
 
+mod live;
+
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+
+pub use live::{CopyRequest, copy};
 
 use petra_engine::clone::ClonePin;
 use petra_engine::record::{SnapshotRecord, VolumeRecord};
 use petra_engine::{Context, Name, Repository};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pool::pins::{self, blocking};
 use crate::pool::{Content, CreateRequest, Filesystem, LazyState, Pool};
 use crate::volume::{LockedVolume, Volume};
@@ -33,9 +40,18 @@ pub struct CloneRequest {
     pub origin: String,
     /// Delete the volume when it is unmounted.
     pub ephemeral: bool,
+    /// The new volume's length in bytes, if it is not that of the snapshot's.
+    pub size_bytes: Option<u64>,
+    /// Whatever is to be remembered with the new volume.
+    pub metadata: BTreeMap<String, String>,
 }
 
 impl CloneRequest {
+    /// The length of the new volume.
+    fn len_bytes(&self) -> Result<u64> {
+        larger(&self.name, self.size_bytes, self.volume.len_bytes)
+    }
+
     /// The volume's number in the snapshot, from 1.
     fn number(&self) -> u32 {
         let before =
@@ -61,6 +77,7 @@ pub async fn clone(
     request: &CloneRequest,
     ctx: &Context,
 ) -> Result<(Volume, How)> {
+    request.len_bytes()?;
     if let Some(volume) = by_reference(pool, repo, request).await? {
         return Ok((volume, How::Reference));
     }
@@ -77,7 +94,7 @@ pub async fn clone(
         repo.start_list(snapshot, number)
     );
     let pin = pin?;
-    let mut create = create_request(request, Content::Empty);
+    let mut create = create_request(request, Content::Empty)?;
     create.lazy = Some(LazyState {
         repository: request.repository.clone(),
         snapshot,
@@ -113,7 +130,7 @@ async fn by_reference(
             }
             let sector_bytes = locked.state().sector_bytes;
             let filesystem = locked.state().filesystem;
-            let mut create = create_request(&request, Content::CopyOf(copy));
+            let mut create = create_request(&request, Content::CopyOf(copy))?;
             (create.sector_bytes, create.filesystem) = (sector_bytes, filesystem);
             return pool.create(create).map(Some);
         }
@@ -135,10 +152,11 @@ fn copy_of(
     fits.then(|| volume.copy(base.copy))
 }
 
-fn create_request(request: &CloneRequest, content: Content) -> CreateRequest {
-    CreateRequest {
+fn create_request(request: &CloneRequest, content: Content) -> Result<CreateRequest> {
+    let size_bytes = request.len_bytes()?;
+    Ok(CreateRequest {
         name: request.name.clone(),
-        size_bytes: request.volume.len_bytes,
+        size_bytes,
         sector_bytes: SECTOR_BYTES,
         // What it holds shows when it is mounted.
         filesystem: Filesystem::Raw,
@@ -146,7 +164,20 @@ fn create_request(request: &CloneRequest, content: Content) -> CreateRequest {
         origin: Some(request.origin.clone()),
         lazy: None,
         ephemeral: request.ephemeral,
+        grow_filesystem: size_bytes > request.volume.len_bytes,
+        metadata: request.metadata.clone(),
+    })
+}
+
+/// The length of a volume that is made from one of `source_bytes`.
+fn larger(name: &Name, asked: Option<u64>, source_bytes: u64) -> Result<u64> {
+    let size_bytes = asked.unwrap_or(source_bytes);
+    if size_bytes >= source_bytes {
+        return Ok(size_bytes);
     }
+    Err(Error::Request(format!(
+        "volume {name} can't have {size_bytes} bytes: what it is made from has {source_bytes}"
+    )))
 }
 
 async fn create_volume(pool: &Pool, request: CreateRequest) -> Result<Volume> {

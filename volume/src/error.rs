@@ -53,6 +53,12 @@ pub enum Error {
         /// The process, as far as it is known.
         holder: String,
     },
+    /// Some of its data is in a repository only, and on its way here.
+    #[error("{what} is a lazy clone whose data is not all here yet")]
+    Hydrating {
+        /// The volume.
+        what: String,
+    },
     /// The pool has no room for what was asked.
     #[error("{pool} has no room: {detail}")]
     NoRoom {
@@ -144,7 +150,7 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Engine(error) => error.kind(),
-            Self::Busy { .. } | Self::Thawed { .. } => ErrorKind::Retry,
+            Self::Busy { .. } | Self::Hydrating { .. } | Self::Thawed { .. } => ErrorKind::Retry,
             Self::Damaged { .. } | Self::Internal(_) => ErrorKind::Stop,
             Self::Cancelled => ErrorKind::Cancelled,
             Self::Request(_)

@@ -6,9 +6,13 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use petra_engine::SnapshotId;
+use tokio::sync::oneshot;
 
 use crate::error::{Error, Result};
 use crate::lazy::server::{Inheritance, ServerOptions};
@@ -20,6 +24,8 @@ pub const READY: &[u8] = b"ready\n";
 const LOG: &str = "PETRA_LOG";
 /// What a process says about its failure is shortened to this, in bytes.
 const MAX_COMPLAINT: u64 = 4096;
+/// A log of uploads that is longer is begun anew.
+const MAX_LOG_BYTES: u64 = 1 << 20;
 
 /// The embedding program. It must know these commands:
 ///
@@ -27,7 +33,7 @@ const MAX_COMPLAINT: u64 = 4096;
 /// |---|---|
 /// | `image-server ...` | runs a [`Server`](crate::lazy::server::Server) with these options |
 /// | `pool agent --pool DIR --until-idle` | runs an [`Agent`](crate::agent::Agent) |
-/// | `volume upload --pool DIR` | uploads what waits |
+/// | `volume upload --quiet --pool DIR [ID]` | uploads what waits, or one upload |
 /// | `freeze-guard` | runs the guard of a freeze |
 #[derive(Clone, Debug)]
 pub struct Programs {
@@ -86,19 +92,59 @@ impl Programs {
         command
     }
 
+    /// Starts to upload something that waits, in the background: it goes on whatever happens to this process.
+    pub fn start_upload(&self, pool: &Pool, upload: SnapshotId) -> Result<Background> {
+        let mut args: Vec<OsString> =
+            ["volume", "upload", "--quiet", "--pool"].map(OsString::from).to_vec();
+        args.extend([pool.root().as_os_str().to_owned(), upload.to_string().into()]);
+        let log = pool.run_directory()?.join("uploads.log");
+        if std::fs::metadata(&log).is_ok_and(|log| log.len() > MAX_LOG_BYTES) {
+            // It is in memory, and nobody reads what is so old.
+            std::fs::remove_file(&log).map_err(Error::io("delete", &log))?;
+        }
+        let (mut child, _) = self.spawn(args, Stdio::null(), Stdio::null(), &log)?;
+        let pid = child.id();
+        let (sender, ended) = oneshot::channel();
+        std::thread::spawn(move || {
+            // Nobody may be waiting for it.
+            let _ = sender.send(child.wait());
+        });
+        Ok(Background { pid, program: self.program.clone(), ended })
+    }
+
     fn start(&self, args: Vec<OsString>, stdin: Stdio, log: &Path) -> Result<()> {
         let name = args.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let log_file = File::options().create(true).append(true).read(true).open(log);
-        let log_file = log_file.map_err(Error::io("open", log))?;
-        let said = log_file.metadata().map_err(Error::io("look at", log))?.len();
+        let (mut child, log) = self.spawn(args, stdin, Stdio::piped(), log)?;
+        if is_ready(&mut child) {
+            // It is not this process's to wait for; whoever comes first after its end clears it away.
+            std::thread::spawn(move || child.wait());
+            return Ok(());
+        }
+        let status = child.wait().map_err(Error::io("wait for", &self.program))?;
+        let stderr = log.complaint();
+        let tool = format!("{} {name}", self.program.display());
+        Err(Error::Tool { tool, status: status.to_string(), stderr })
+    }
+
+    /// Starts a process in a session of its own.
+    fn spawn(
+        &self,
+        args: Vec<OsString>,
+        stdin: Stdio,
+        stdout: Stdio,
+        log: &Path,
+    ) -> Result<(Child, Log)> {
+        let file = File::options().create(true).append(true).read(true).open(log);
+        let file = file.map_err(Error::io("open", log))?;
+        let from = file.metadata().map_err(Error::io("look at", log))?.len();
         let mut command = Command::new(&self.program);
         // It must not keep the directory in use in which somebody happened to be.
         command.current_dir("/");
-        command.args(&self.options).args(args).stdin(stdin).stdout(Stdio::piped());
+        command.args(&self.options).args(args).stdin(stdin).stdout(stdout);
         if std::env::var_os(LOG).is_none() {
             command.env(LOG, "info");
         }
-        command.stderr(log_file.try_clone().map_err(Error::io("open", log))?);
+        command.stderr(file.try_clone().map_err(Error::io("open", log))?);
         // SAFETY: setsid is async-signal-safe, and nothing else happens between fork and exec.
         unsafe {
             command.pre_exec(|| {
@@ -106,16 +152,30 @@ impl Programs {
                 Ok(())
             });
         }
-        let mut child = command.spawn().map_err(Error::io("start", &self.program))?;
-        if is_ready(&mut child) {
-            // It is not this process's to wait for; whoever comes first after its end clears it away.
-            std::thread::spawn(move || child.wait());
-            return Ok(());
-        }
-        let status = child.wait().map_err(Error::io("wait for", &self.program))?;
-        let stderr = complaint(&log_file, said);
-        let tool = format!("{} {name}", self.program.display());
-        Err(Error::Tool { tool, status: status.to_string(), stderr })
+        let child = command.spawn().map_err(Error::io("start", &self.program))?;
+        Ok((child, Log { file, from }))
+    }
+}
+
+/// A process that works in the background. It is cleared away when it ends, and goes on when this is dropped.
+#[derive(Debug)]
+pub struct Background {
+    pid: u32,
+    program: PathBuf,
+    ended: oneshot::Receiver<std::io::Result<ExitStatus>>,
+}
+
+impl Background {
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Waits for its end.
+    pub async fn wait(self) -> Result<ExitStatus> {
+        let ended =
+            self.ended.await.map_err(|_| Error::Internal("a process was not waited for"))?;
+        ended.map_err(Error::io("wait for", self.program))
     }
 }
 
@@ -148,14 +208,21 @@ fn is_ready(child: &mut Child) -> bool {
     stdout.take(limit).read_to_end(&mut said).is_ok() && said == READY
 }
 
-/// What was written to a log since it had this length.
-fn complaint(log: &File, from: u64) -> String {
-    use std::os::unix::fs::FileExt;
-    let end = log.metadata().map_or(from, |metadata| metadata.len());
-    let len = usize::try_from(end.saturating_sub(from).min(MAX_COMPLAINT)).unwrap_or_default();
-    let mut bytes = vec![0; len];
-    match log.read_exact_at(&mut bytes, from) {
-        Ok(()) => String::from_utf8_lossy(&bytes).trim().to_owned(),
-        Err(_) => String::new(),
+/// The log of a process, from where it began.
+struct Log {
+    file: File,
+    from: u64,
+}
+
+impl Log {
+    /// What it has said.
+    fn complaint(&self) -> String {
+        let end = self.file.metadata().map_or(self.from, |metadata| metadata.len());
+        let len = end.saturating_sub(self.from).min(MAX_COMPLAINT);
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or_default()];
+        match self.file.read_exact_at(&mut bytes, self.from) {
+            Ok(()) => String::from_utf8_lossy(&bytes).trim().to_owned(),
+            Err(_) => String::new(),
+        }
     }
 }

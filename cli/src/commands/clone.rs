@@ -1,5 +1,6 @@
 //! `petra clone`, `petra mount` and `petra unmount`: volumes from snapshots, at once.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use petra_engine::context::{Host, SystemHost};
@@ -142,6 +143,8 @@ async fn make(
         snapshot,
         volume,
         ephemeral,
+        size_bytes: None,
+        metadata: BTreeMap::new(),
     };
     let (volume, how) = clones::clone(pool, &repository, &request, &activity.context).await?;
     Ok(Made { volume, how, url, size_bytes: request.volume.len_bytes })

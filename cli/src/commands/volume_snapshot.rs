@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use petra_engine::record::SnapshotRecord;
-use petra_engine::{Item, Name, PetraUrl, Repository, SnapshotId};
+use petra_engine::{Item, Name, PetraUrl, Repository, RepositoryUrl, SnapshotId};
 use petra_volume::freeze::{self, GuardCommand};
 use petra_volume::snapshot::{GroupRequest, Hook, Target, Upload, pending, take};
 use petra_volume::{Error, idle};
@@ -20,6 +20,8 @@ use crate::view;
 
 /// The hidden subcommand that a freeze starts.
 pub const FREEZE_GUARD: &str = "freeze-guard";
+/// How long an upload may be locked by who only looks at it.
+const LOOKED_AT: Duration = Duration::from_secs(2);
 
 /// Options of `petra volume snapshot`.
 #[derive(Debug, clap::Args)]
@@ -131,9 +133,11 @@ impl GoOn {
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
         let pool = self.pool.open_to_change(session)?;
         let ids = if self.ids.is_empty() { pending(&pool)? } else { self.ids.clone() };
-        let (mut done, mut given_up) = (vec![], vec![]);
+        // Others may just be looking at what is asked for by its id.
+        let wait = if self.ids.is_empty() { Duration::ZERO } else { LOOKED_AT };
+        let (mut done, mut given_up, mut failed) = (vec![], vec![], None);
         for id in ids {
-            let mut opened = match Upload::open(&pool, id) {
+            let mut opened = match Upload::open_within(&pool, id, wait) {
                 // Another process is at it, or has just ended it.
                 Err(Error::Busy { .. } | Error::Unknown { .. }) if self.ids.is_empty() => continue,
                 opened => opened?,
@@ -143,18 +147,35 @@ impl GoOn {
                 given_up.push(id);
                 continue;
             }
-            let url = url_of(opened.target())?;
-            let repository = session.open(&url).await?;
-            let record = upload(&mut opened, &repository, session).await?;
-            done.push((url.repository, record));
+            match go_on(&mut opened, session).await {
+                Ok(uploaded) => done.push(uploaded),
+                // One repository that is away must not keep others waiting.
+                Err(failure) if self.ids.is_empty() && !session.cancel.is_cancelled() => {
+                    session.out.warn(&format!("upload {id}: {}", failure.message));
+                    failed = failed.or(Some(failure));
+                }
+                Err(failure) => return Err(failure),
+            }
         }
         let snapshots =
             done.iter().map(|(repository, record)| view::Snapshot::new(repository, record));
         let document = Uploaded { snapshots: snapshots.collect(), given_up };
         session.out.report(&document, || {
             document.snapshots.iter().map(|snapshot| format!("{}\n", snapshot.url)).collect()
-        })
+        })?;
+        failed.map_or(Ok(()), Err)
     }
+}
+
+/// Ends an upload that was begun.
+async fn go_on(
+    waiting: &mut Upload,
+    session: &Session,
+) -> Result<(RepositoryUrl, SnapshotRecord), Failure> {
+    let url = url_of(waiting.target())?;
+    let repository = session.open(&url).await?;
+    let record = upload(waiting, &repository, session).await?;
+    Ok((url.repository, record))
 }
 
 /// Uploads at the lowest priority: from now on this process does nothing else.

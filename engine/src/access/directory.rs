@@ -140,7 +140,8 @@ mod tests {
     fn secrets_are_kept_by_repository_and_for_nobody_else() {
         let parent = tempfile::tempdir().unwrap();
         let directory = SecretsDirectory::new(parent.path().join("a/secrets"));
-        let [one, other]: [RepositoryUrl; 2] = ["file:///one", "file:///two"].map(|url| url.parse().unwrap());
+        let [one, other]: [RepositoryUrl; 2] =
+            ["file:///one", "file:///two"].map(|url| url.parse().unwrap());
         assert!(directory.access(&one).unwrap().is_none());
         directory.remove(&one).unwrap();
         directory.put(&one, &secrets("first")).unwrap();

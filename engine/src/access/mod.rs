@@ -57,7 +57,8 @@ impl Access {
             (Some(passphrase), None) => Some(Secret::passphrase(passphrase.into_bytes())?),
             (None, Some(key)) => Some(Secret::key_file(key.into_bytes())?),
             (Some(_), Some(_)) => {
-                let text = "the secrets have both passphrase and key: a repository is opened with one";
+                let text =
+                    "the secrets have both passphrase and key: a repository is opened with one";
                 return Err(Error::Request(text.to_owned()));
             }
         };
@@ -100,7 +101,8 @@ fn known<'a>(
     let mut known = BTreeMap::new();
     for setting in ALL {
         let values = setting.iter().filter_map(|name| given.get(name));
-        let value = values.map(|value| value.trim_end_matches(['\r', '\n'])).find(|v| !v.is_empty());
+        let value =
+            values.map(|value| value.trim_end_matches(['\r', '\n'])).find(|v| !v.is_empty());
         if let (Some(name), Some(value)) = (setting.first(), value) {
             known.insert(*name, value);
         }
@@ -138,7 +140,10 @@ mod tests {
             ]);
             let access = Access::from_secrets(&given).unwrap();
             let s3 = access.s3.clone().unwrap();
-            assert_eq!((s3.access_key_id.as_str(), s3.secret_access_key.as_str()), ("AKID", "hidden1"));
+            assert_eq!(
+                (s3.access_key_id.as_str(), s3.secret_access_key.as_str()),
+                ("AKID", "hidden1")
+            );
             assert_eq!(s3.session_token.as_deref(), Some("hidden2"));
             assert_eq!(access.secret.as_ref().unwrap().kind(), "passphrase");
             assert!(!format!("{access:?}").contains("hidden"), "{access:?}");

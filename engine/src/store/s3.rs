@@ -25,8 +25,8 @@ use crate::url::{RepositoryUrl, S3Location};
 mod connection;
 mod failure;
 
-use self::connection::USUAL_REGION;
 pub use self::connection::S3Options;
+use self::connection::USUAL_REGION;
 
 /// Keys per listing request: the most that S3 gives.
 const PAGE: i32 = 1000;

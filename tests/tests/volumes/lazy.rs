@@ -66,6 +66,41 @@ fn everything_comes_when_it_is_read() {
     }
 }
 
+/// What lies beyond the snapshot is there from the beginning, and zeros; the snapshot may end in the midst of a block.
+#[test]
+fn a_clone_is_larger_than_its_snapshot() {
+    for (source_bytes, direct) in
+        [(12 * MIB, true), (12 * MIB + 512, true), (9 * MIB + 3584, false)]
+    {
+        let volume = Volume::zeros(source_bytes)
+            .with(3 * MIB, &noise(1, 2 << 20))
+            .with(source_bytes - 100_000, &noise(2, 100_000));
+        let Some(lab) = LazyLab::larger(&volume, 150 * MIB, direct) else { return };
+        let agent = lab.agent(false);
+        let server = lab.server();
+        let file = open(&lab);
+        let mut expected = volume.clone();
+        expected.resize(150 * MIB);
+        // The far end first, which needs no agent, then around the snapshot's end.
+        assert!(read(&file, 100 * MIB, 1 << 20).unwrap() == expected.read(100 * MIB..101 * MIB));
+        let before = lab.store.log().len();
+        file.write_all_at(&noise(3, 1 << 16), 140 * MIB).unwrap();
+        expected.write(140 * MIB, &noise(3, 1 << 16));
+        assert_eq!(lab.store.log().len(), before, "nothing of it comes from the repository");
+        let end = source_bytes / BLOCK * BLOCK;
+        for at in [end + 8192, end, end - 8192] {
+            assert!(read(&file, at, 8192).unwrap() == expected.read(at..at + 8192), "at {at}");
+        }
+        drop(agent);
+        let agent = lab.agent(true);
+        agent.wait_for("Hydrated");
+        drop(file);
+        assert_eq!(expected.difference(&lab.file()), None);
+        server.unmount();
+        assert_eq!(expected.difference(&lab.dir.path().join("image")), None);
+    }
+}
+
 #[test]
 fn hydration_brings_all_and_the_repository_is_not_needed_any_more() {
     let volume = volume();

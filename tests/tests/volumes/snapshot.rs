@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use petra_engine::restore::{RestoreOptions, restore};
+use petra_engine::session::Session;
 use petra_engine::store::MemoryStore;
 use petra_engine::target::FileTarget;
 use petra_engine::url::Item;
@@ -17,7 +18,10 @@ use petra_tests::pool::{TestPool, hash};
 use petra_tests::volume::noise;
 use petra_volume::freeze::GuardCommand;
 use petra_volume::pool::{Filesystem, Recovered};
-use petra_volume::snapshot::{GroupRequest, Hook, Target, Upload, UploadState, pending, take};
+use petra_volume::snapshot::{
+    GroupRequest, Hook, MAX_ATTEMPTS, Target, Upload, UploadState, discard, is_being_done, pending,
+    resolve, take,
+};
 use petra_volume::{BackendKind, Error, Volume};
 
 const MIB: u64 = 1 << 20;
@@ -202,6 +206,91 @@ async fn an_upload_that_was_committed_is_not_done_again() {
     }
     assert_eq!(repo.snapshots(&Item::Repository).await.unwrap().len(), 2);
     assert_eq!(verify_all(&repo, true).await.unwrap().problems, []);
+}
+
+/// Whoever knows the upload finds its snapshot, whatever became of the first attempts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_leads_to_its_snapshot() {
+    let Some(lab) = TestPool::new(BackendKind::Btrfs) else { return };
+    let volume = lab.create("v", 8 * MIB, Filesystem::Raw);
+    let repo = new_repo().await;
+    for aborted in [0, 1, 2] {
+        let mut taken = take(&lab.pool, &group(&[&volume])).unwrap();
+        let id = taken.upload.id();
+        let missing = resolve(&repo, id, MAX_ATTEMPTS).await.unwrap_err();
+        assert!(matches!(missing, petra_engine::Error::Unknown { .. }), "{missing}");
+        for k in 0..aborted {
+            // A collector takes the session for dead.
+            let (e, r) = (name("e"), name("r"));
+            let settled = Session::settle(&repo, id.nth_after(k), &e, &r, &context()).await;
+            assert_eq!(settled.unwrap(), None);
+        }
+        let record = taken.upload.run(&repo, &context()).await.unwrap();
+        assert_eq!(record.id, id.nth_after(aborted));
+        assert_eq!(resolve(&repo, id, MAX_ATTEMPTS).await.unwrap(), record);
+        let few = resolve(&repo, id, aborted).await;
+        assert_eq!(few.is_ok(), aborted == 0, "not among the first {aborted}");
+        repo.delete(record.id, &context()).await.unwrap();
+        let gone = resolve(&repo, id, MAX_ATTEMPTS).await.unwrap_err();
+        assert!(matches!(gone, petra_engine::Error::Unknown { .. }), "{gone}");
+    }
+    assert_eq!(verify_all(&repo, true).await.unwrap().problems, []);
+}
+
+/// The id of a session that died is never used again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_attempt_has_an_id_of_its_own() {
+    let Some(lab) = TestPool::new(BackendKind::Btrfs) else { return };
+    let volume = lab.create("v", 8 * MIB, Filesystem::Raw);
+    let repo = new_repo().await;
+    let taken = take(&lab.pool, &group(&[&volume])).unwrap();
+    // As a process leaves it that was killed in its third attempt.
+    let mut state = taken.upload.state().clone();
+    drop(taken);
+    (state.attempts, state.sessions) = (3, vec![state.id.nth_after(2)]);
+    let path = lab.pool.root().join(format!("uploads/{}.json", state.id));
+    fs::write(path, serde_json(&state)).unwrap();
+    let record = Upload::open(&lab.pool, state.id).unwrap().run(&repo, &context()).await.unwrap();
+    assert_eq!(record.id, state.id.nth_after(3));
+    assert_eq!(resolve(&repo, state.id, MAX_ATTEMPTS).await.unwrap(), record);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_that_nobody_wants_is_given_up() {
+    let Some(lab) = TestPool::new(BackendKind::Btrfs) else { return };
+    let volume = lab.create("v", 64 * MIB, Filesystem::Raw);
+    fs::write(volume.image(), noise(1, 64 << 20)).unwrap();
+    let repo = new_repo().await;
+    let left = || fs::read_dir(lab.pool.root().join("uploads")).unwrap().count();
+
+    // While it is under way.
+    let slow = GroupRequest { rate_bytes_per_s: Some(4 << 20), ..group(&[&volume]) };
+    let mut taken = take(&lab.pool, &slow).unwrap();
+    let id = taken.upload.id();
+    assert!(is_being_done(&lab.pool, id).unwrap());
+    let pool = lab.pool.clone();
+    let discarding = tokio::task::spawn_blocking(move || {
+        while let Err(error) = discard(&pool, id) {
+            assert!(matches!(error, Error::Busy { .. }), "{error}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    });
+    let begun = Instant::now();
+    let error = taken.upload.run(&repo, &context()).await.unwrap_err();
+    assert!(matches!(error, Error::Cancelled), "{error}");
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    drop(taken);
+    discarding.await.unwrap();
+    assert_eq!((copies(&volume), left()), (0, 0));
+    assert!(repo.snapshots(&Item::Repository).await.unwrap().is_empty());
+
+    // While nobody works on it, and when there is none.
+    let id = take(&lab.pool, &group(&[&volume])).unwrap().upload.id();
+    assert!(!is_being_done(&lab.pool, id).unwrap());
+    for _ in 0..2 {
+        discard(&lab.pool, id).unwrap();
+        assert_eq!((copies(&volume), left()), (0, 0));
+    }
 }
 
 fn serde_json(state: &UploadState) -> String {

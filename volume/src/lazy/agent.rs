@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use petra_engine::format::SEGMENT_BYTES;
-use petra_engine::reader::{DamagedRange, Piece, VolumeReader};
+use petra_engine::reader::{DamagedRange, Piece, Reading, VolumeReader};
 use petra_engine::{ErrorKind, SnapshotId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -37,6 +37,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::hydration::hydrate;
+use super::presence::BLOCK_BYTES;
 use super::server::Inheritance;
 use super::wire::{self, HEADER_BYTES, Header, Hello, MAX_BODY, ToAgent, ToServer};
 use crate::error::{Error, Result};
@@ -200,12 +201,11 @@ pub async fn serve(
     cancel: &CancellationToken,
 ) -> Result<End> {
     let Connection { stream, hello, device, process } = connection;
-    if hello.volume.len_bytes != options.reader.len_bytes() {
+    let (image_bytes, source_bytes) = (hello.volume.len_bytes, options.reader.len_bytes());
+    if image_bytes < source_bytes {
         return Err(Error::Request(format!(
-            "the image server of volume {} has {} bytes, the snapshot {}",
+            "the image server of volume {} has {image_bytes} bytes, the snapshot {source_bytes}",
             hello.volume.id,
-            hello.volume.len_bytes,
-            options.reader.len_bytes()
         )));
     }
     let (input, output) = stream.into_split();
@@ -213,7 +213,9 @@ pub async fn serve(
     let (other, other_out) = mpsc::channel(QUEUE);
     let agent = Arc::new(Agent {
         volume: hello.volume.id,
-        len_bytes: hello.volume.len_bytes,
+        image_bytes,
+        // What lies behind is there already.
+        len_bytes: source_bytes.next_multiple_of(BLOCK_BYTES).min(image_bytes),
         reader: options.reader,
         events: options.events,
         urgent,
@@ -282,6 +284,9 @@ async fn write_all(
 /// What the tasks of one connection share.
 pub(super) struct Agent {
     pub(super) volume: SnapshotId,
+    /// The volume may be longer than its source.
+    image_bytes: u64,
+    /// What comes from here: the source, in whole blocks as far as there are any.
     pub(super) len_bytes: u64,
     reader: Arc<VolumeReader>,
     pub(super) events: Arc<dyn AgentEvents>,
@@ -319,7 +324,11 @@ impl Agent {
             // Finished ones are let go of.
             while tasks.try_join_next().is_some() {}
             match ToAgent::decode(header, &body).map_err(io::Error::other)? {
-                ToAgent::Want { range, urgent } if range.end <= self.len_bytes => {
+                ToAgent::Want { range, urgent } if range.end <= self.image_bytes => {
+                    let range = range.start..range.end.min(self.len_bytes);
+                    if range.is_empty() {
+                        continue;
+                    }
                     self.touch(&range);
                     let agent = self.clone();
                     if urgent {
@@ -389,14 +398,15 @@ impl Agent {
     }
 
     /// Reads, however long the store is away.
-    pub(super) async fn read(
-        &self,
-        range: Range<u64>,
-    ) -> Result<petra_engine::reader::Reading, Gone> {
+    pub(super) async fn read(&self, range: Range<u64>) -> Result<Reading, Gone> {
         let mut pause = FIRST_PAUSE;
         loop {
-            match self.reader.read(range.clone()).await {
-                Ok(reading) => {
+            let source_bytes = self.reader.len_bytes();
+            match self.reader.read(range.start..range.end.min(source_bytes)).await {
+                Ok(mut reading) => {
+                    if source_bytes < self.len_bytes {
+                        fill_up(&mut reading, source_bytes, self.len_bytes);
+                    }
                     let was_away = std::mem::take(&mut *self.away());
                     if was_away {
                         self.events.event(self.volume, AgentEvent::StoreBack);
@@ -496,6 +506,29 @@ impl Agent {
     }
 }
 
+/// Lengthens what ends where the source does, in the midst of a block, to the end of that block: an image takes whole ones.
+fn fill_up(reading: &mut Reading, source_bytes: u64, to: u64) {
+    for damaged in reading.damaged.iter_mut().filter(|part| part.range.end == source_bytes) {
+        damaged.range.end = to;
+    }
+    let pieces = &mut reading.pieces;
+    match pieces.pop_if(|piece| piece.range().end == source_bytes) {
+        None => {}
+        Some(Piece::Zeros(range)) => pieces.push(Piece::Zeros(range.start..to)),
+        Some(Piece::Data { offset, mut bytes }) => {
+            let in_block = (source_bytes % BLOCK_BYTES) as usize;
+            let tail = bytes.split_off(bytes.len().saturating_sub(in_block));
+            let end = offset + bytes.len() as u64;
+            if !bytes.is_empty() {
+                pieces.push(Piece::Data { offset, bytes });
+            }
+            let mut block = tail.to_vec();
+            block.resize((to - end) as usize, 0);
+            pieces.push(Piece::Data { offset: end, bytes: block.into() });
+        }
+    }
+}
+
 /// A range in pieces of some length, cut at its multiples.
 pub(super) fn pieces_of(range: &Range<u64>, len: u64) -> impl Iterator<Item = Range<u64>> + use<> {
     let (mut at, end) = (range.start, range.end);
@@ -545,6 +578,29 @@ mod tests {
         assert_eq!(outside, [data(0, b"ab"), Piece::Zeros(7..9)]);
         let (inside, outside) = split(vec![data(4, b"ab")], &(10..12));
         assert_eq!((inside, outside), (vec![], vec![data(4, b"ab")]));
+    }
+
+    #[test]
+    fn the_last_block_of_a_source_is_filled_up() {
+        let data = |offset: u64, bytes: Vec<u8>| Piece::Data { offset, bytes: bytes.into() };
+        let filled = |pieces: Vec<Piece>, source_bytes| {
+            let error = Arc::new(petra_engine::Error::Cancelled);
+            let damaged = vec![DamagedRange { range: 4096..4608, error }];
+            let mut reading = Reading { pieces, damaged };
+            fill_up(&mut reading, source_bytes, source_bytes.next_multiple_of(BLOCK_BYTES));
+            let end = if source_bytes == 4608 { 8192 } else { 4608 };
+            assert_eq!(reading.damaged[0].range, 4096..end);
+            reading.pieces
+        };
+        let block = [vec![7; 512], vec![0; 3584]].concat();
+        let long = data(0, vec![7; 4608]);
+        let expected = vec![data(0, vec![7; 4096]), data(4096, block.clone())];
+        assert_eq!(filled(vec![long.clone()], 4608), expected);
+        assert_eq!(filled(vec![data(4096, vec![7; 512])], 4608), [data(4096, block)]);
+        assert_eq!(filled(vec![Piece::Zeros(0..4608)], 4608), [Piece::Zeros(0..8192)]);
+        // Not its end, or an end that can't be read.
+        assert_eq!(filled(vec![long.clone()], 9000), [long]);
+        assert_eq!(filled(vec![], 4608), []);
     }
 
     #[test]

@@ -173,8 +173,9 @@ impl<M> std::fmt::Debug for Presence<M> {
 }
 
 impl Presence<File> {
-    /// Makes the presence map of a new volume none of whose blocks is there. Durable when it returns.
-    pub fn create(path: &Path, identity: VolumeIdentity) -> Result<()> {
+    /// Makes the presence map of a new volume of whose first `source_bytes` no block is there. What lies beyond them is
+    /// there from the beginning. Durable when it returns.
+    pub fn create(path: &Path, identity: VolumeIdentity, source_bytes: u64) -> Result<()> {
         let mut new = path.as_os_str().to_owned();
         new.push(".new");
         let new = PathBuf::from(new);
@@ -187,8 +188,11 @@ impl Presence<File> {
         let file = options.write(true).create(true).truncate(true).mode(0o600).open(&new);
         let file = file.map_err(Error::io("create", &new))?;
         let len = slot_offset(identity.pages() + 1, false);
+        // A block that holds the source's end comes with the rest of the source.
+        let present = source_bytes.div_ceil(BLOCK_BYTES)..identity.blocks();
         file.write_all_at(&identity.header(DURABLE_MAGIC, BootId::NONE), 0)
             .and_then(|()| file.set_len(len))
+            .and_then(|()| write_present(&file, identity, present))
             .and_then(|()| file.sync_all())
             .map_err(Error::io("write", &new))?;
         std::fs::rename(&new, path).map_err(Error::io("rename", &new))?;
@@ -209,6 +213,32 @@ impl Presence<File> {
             return Err(Error::Busy { what, holder: "another image server".to_owned() });
         }
         Self::load(file, path, working, identity, boot)
+    }
+}
+
+/// Writes the pages of a new map in which these blocks are there.
+fn write_present(file: &File, identity: VolumeIdentity, present: Range<u64>) -> io::Result<()> {
+    if present.is_empty() {
+        return Ok(());
+    }
+    let pairs = vec![Pair::default(); identity.pages() + 1];
+    let durable = Durable { medium: file.try_clone()?, identity, pairs };
+    let page_blocks = 64 * WORDS as u64;
+    for page in present.start / page_blocks..present.end.div_ceil(page_blocks) {
+        let words = (0..WORDS as u64).map(|word| {
+            let first = page * page_blocks + word * 64;
+            bits_from(present.start, first) & !bits_from(present.end, first)
+        });
+        durable.write(page as usize + 1, words)?;
+    }
+    Ok(())
+}
+
+/// The bits of those of 64 blocks, beginning with `first`, that lie at `from` or behind it.
+fn bits_from(from: u64, first: u64) -> u64 {
+    match u32::try_from(from.saturating_sub(first)) {
+        Ok(skipped) => u64::MAX.checked_shl(skipped).unwrap_or(0),
+        Err(_) => 0,
     }
 }
 

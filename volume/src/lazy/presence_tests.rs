@@ -385,7 +385,7 @@ struct Files {
 impl Files {
     fn new() -> Self {
         let files = Self { dir: tempfile::tempdir().unwrap(), identity: identity(100_000) };
-        Presence::create(&files.path(), files.identity).unwrap();
+        Presence::create(&files.path(), files.identity, files.identity.len_bytes).unwrap();
         files
     }
 
@@ -426,7 +426,7 @@ fn a_map_is_opened_by_one_process_at_a_time() {
     first.set(5..10);
     drop(first);
     assert_eq!(files.open().unwrap().present_blocks(), 5);
-    let again = Presence::create(&files.path(), files.identity);
+    let again = Presence::create(&files.path(), files.identity, 0);
     assert!(matches!(again, Err(Error::Exists { .. })));
 }
 
@@ -483,4 +483,27 @@ fn both_slots_damaged_is_an_error() {
         files.change(slot_offset(1, second) + 100, b"x");
     }
     assert!(damage_of(files.open()).contains("both copies"));
+}
+
+/// A volume that is larger than its source: what lies beyond is there, also after a restart of the machine.
+#[test]
+fn what_lies_beyond_the_source_is_there() {
+    let page = 64 * WORDS as u64;
+    for (source, blocks) in
+        [(0, 10), (10, 10), (9, 10), (63, 65), (64, 129), (100, page), (page - 1, 3 * page + 7)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, working) = (dir.path().join("presence"), dir.path().join("working"));
+        let identity = identity(blocks);
+        // Its last block is cut short.
+        let source_bytes = (source * BLOCK_BYTES).saturating_sub(512);
+        Presence::create(&path, identity, source_bytes).unwrap();
+        for boot in [FIRST_BOOT, BootId([2; 16])] {
+            let presence = Presence::open(&path, &working, identity, boot).unwrap();
+            assert_eq!(presence.present_blocks(), blocks - source, "{source} of {blocks}");
+            let absent = Some(0..source).filter(|range| !range.is_empty());
+            assert_eq!(presence.absent_run(0..blocks), absent);
+            assert_eq!(presence.is_complete(), source == 0);
+        }
+    }
 }

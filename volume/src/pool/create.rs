@@ -3,7 +3,7 @@
 //! A volume is made in `new/ULID` and renamed when it is whole. Its maker holds a lock on that directory, so that recovery
 //! can tell one in the making from what a crash left.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -23,6 +23,18 @@ use crate::volume::Volume;
 pub const MIN_VOLUME_BYTES: u64 = 1 << 20;
 /// The largest volume, in bytes: a repository takes no larger ones.
 pub const MAX_VOLUME_BYTES: u64 = petra_engine::format::MAX_VOLUME_BYTES;
+/// Metadata of a volume, in bytes: its state is rewritten with each change.
+const MAX_METADATA_BYTES: usize = 64 << 10;
+
+/// The smallest new volume with this file system, in bytes.
+pub fn min_volume_bytes(filesystem: Filesystem) -> u64 {
+    match filesystem {
+        Filesystem::Ext4 => 8 << 20,
+        Filesystem::Btrfs => 128 << 20,
+        Filesystem::Xfs => 300 << 20,
+        Filesystem::Raw => MIN_VOLUME_BYTES,
+    }
+}
 
 /// What a new volume begins with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +66,10 @@ pub struct CreateRequest {
     pub lazy: Option<LazyState>,
     /// Delete it when it is unmounted.
     pub ephemeral: bool,
+    /// It is larger than the file system that comes, which is to grow at the next mount.
+    pub grow_filesystem: bool,
+    /// Whatever is to be remembered with it.
+    pub metadata: BTreeMap<String, String>,
 }
 
 impl CreateRequest {
@@ -68,21 +84,15 @@ impl CreateRequest {
             origin: None,
             lazy: None,
             ephemeral: false,
+            grow_filesystem: false,
+            metadata: BTreeMap::new(),
         }
     }
 
     fn check(&self) -> Result<()> {
-        let min_bytes = match (&self.content, self.filesystem) {
-            (Content::Formatted, Filesystem::Ext4) => 8 << 20,
-            (Content::Formatted, Filesystem::Btrfs) => 128 << 20,
-            (Content::Formatted, Filesystem::Xfs) => 300 << 20,
-            _ => 1,
-        };
-        let min_bytes = if self.content == Content::Formatted {
-            MIN_VOLUME_BYTES.max(min_bytes)
-        } else {
-            min_bytes
-        };
+        let is_new = self.content == Content::Formatted;
+        let min_bytes = if is_new { min_volume_bytes(self.filesystem) } else { 1 };
+        let text_bytes = self.metadata.iter().map(|(k, v)| k.len() + v.len()).sum::<usize>();
         let Self { name, size_bytes, sector_bytes, filesystem, .. } = self;
         let wrong = if *size_bytes < min_bytes {
             format!("a volume with {filesystem} has at least {min_bytes} bytes")
@@ -92,6 +102,9 @@ impl CreateRequest {
             format!("a volume's device has blocks of 512 or 4096 bytes, not of {sector_bytes}")
         } else if !size_bytes.is_multiple_of(u64::from(*sector_bytes)) {
             format!("its size must be a multiple of {sector_bytes} bytes")
+        } else if text_bytes > MAX_METADATA_BYTES {
+            let text = format!("the metadata of volume {name} exceed {MAX_METADATA_BYTES} bytes");
+            return Err(Error::Request(text));
         } else {
             return Ok(());
         };
@@ -153,16 +166,18 @@ impl Pool {
             base: None,
             copies: BTreeSet::new(),
             wanted: Wanted::default(),
-            grow_filesystem: false,
+            grow_filesystem: request.grow_filesystem,
             ephemeral: request.ephemeral,
+            metadata: request.metadata.clone(),
         }
     }
 
     fn fill(&self, draft: &Draft, request: &CreateRequest) -> Result<()> {
         let path = &draft.path;
-        if request.lazy.is_some() {
+        if let Some(lazy) = &request.lazy {
             let identity = VolumeIdentity { id: draft.id, len_bytes: request.size_bytes };
-            Presence::create(&path.join("presence"), identity)?;
+            // What lies beyond is zeros, which the image holds already.
+            Presence::create(&path.join("presence"), identity, lazy.volume.len_bytes)?;
         }
         let live = path.join("live");
         let image = live.join(IMAGE);

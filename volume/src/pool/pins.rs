@@ -160,7 +160,7 @@ pub fn note_end(pool: &Pool, lazy: &LazyState) -> Result<NotedPin> {
 }
 
 /// Runs what waits for disks.
-pub(crate) async fn blocking<T: Send + 'static>(
+pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let done = tokio::task::spawn_blocking(work).await;

@@ -2,7 +2,7 @@
 //!
 //! Files hold what was decided and wanted. What is attached or mounted is asked from the kernel.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -122,6 +122,9 @@ pub struct VolumeState {
     /// Made for one mount: it is deleted when that ends.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ephemeral: bool,
+    /// Whatever its maker wants to be remembered.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// Where the data of a lazy clone comes from.
@@ -244,6 +247,7 @@ mod tests {
             },
             grow_filesystem: true,
             ephemeral: true,
+            metadata: BTreeMap::from([("claim".to_owned(), "a/b".to_owned())]),
         }
     }
 
@@ -262,6 +266,7 @@ mod tests {
             wanted: Wanted::default(),
             grow_filesystem: false,
             ephemeral: false,
+            metadata: BTreeMap::new(),
             ..volume()
         };
         write(&path, &plain).unwrap();

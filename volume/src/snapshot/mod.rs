@@ -13,14 +13,17 @@
 //! | before the upload is noted | copies that no volume names | recovery deletes them |
 //! | before all copies are kept | an upload that is not ready | [`discard_unfinished`] deletes its copies, and it |
 //! | while uploading | an upload with the ids of its sessions | the next one ends them first: a snapshot that was committed counts |
+//! | after nobody wants it ([`discard`]) | an upload with a note that says so | the next one gives it up |
 //! | before all copies are bases | an upload that is committed | the next one does the rest |
 
 mod hook;
+mod resolve;
 mod state;
 mod take;
 mod upload;
 
 pub use hook::Hook;
-pub use state::{Target, UploadState, UploadVolume};
+pub use resolve::{MAX_ATTEMPTS, resolve};
+pub use state::{Target, UploadState, UploadVolume, upload_state};
 pub use take::{GroupRequest, Taken, take};
-pub use upload::{Upload, discard_unfinished, pending};
+pub use upload::{Upload, discard, discard_unfinished, is_being_done, pending};

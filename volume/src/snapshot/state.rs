@@ -1,4 +1,5 @@
-//! What a pool remembers of an upload: `POOL/uploads/ULID.json`. `ULID.lock` beside it is held by who works on it.
+//! What a pool remembers of an upload: `POOL/uploads/ULID.json`. `ULID.lock` beside it is held by who works on it, and
+//! `ULID.unwanted` tells him to give it up.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -7,7 +8,8 @@ use jiff::Timestamp;
 use petra_engine::{Name, SnapshotId};
 use serde::{Deserialize, Serialize};
 
-use crate::pool::Pool;
+use crate::error::Result;
+use crate::pool::{Pool, state};
 
 /// What a snapshot is to be called, and where it goes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,9 +68,22 @@ pub struct UploadState {
     /// Sessions that may have committed it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub sessions: Vec<SnapshotId>,
+    /// How many ids its sessions have used up. The first is the upload's own, and each has the next
+    /// ([`SnapshotId::nth_after`]), so that whoever knows the upload finds the snapshot ([`resolve`](super::resolve)).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub attempts: u32,
     /// The snapshot, once it is committed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub committed: Option<SnapshotId>,
+}
+
+fn is_zero(attempts: &u32) -> bool {
+    *attempts == 0
+}
+
+/// What is noted about an upload; None where there is none. Someone may be working on it.
+pub fn upload_state(pool: &Pool, id: SnapshotId) -> Result<Option<UploadState>> {
+    state::read(&path(pool, id))
 }
 
 pub(super) fn directory(pool: &Pool) -> PathBuf {
@@ -77,6 +92,11 @@ pub(super) fn directory(pool: &Pool) -> PathBuf {
 
 pub(super) fn path(pool: &Pool, id: SnapshotId) -> PathBuf {
     directory(pool).join(format!("{id}.json"))
+}
+
+/// Says that nobody wants the upload any more.
+pub(super) fn unwanted_path(pool: &Pool, id: SnapshotId) -> PathBuf {
+    directory(pool).join(format!("{id}.unwanted"))
 }
 
 pub(super) fn lock_path(pool: &Pool, id: SnapshotId) -> PathBuf {

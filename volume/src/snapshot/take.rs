@@ -174,6 +174,7 @@ fn keep(pool: &Pool, request: &GroupRequest, parts: Vec<Part>) -> Result<Upload>
             })
             .collect(),
         sessions: vec![],
+        attempts: 0,
         committed: None,
     };
     let mut upload = Upload::new(pool, state, lock);

@@ -1,6 +1,7 @@
 //! Uploading copies that were taken.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,16 +12,22 @@ use petra_engine::snapshot::{Parent, SnapshotRequest, snapshot};
 use petra_engine::source::Source;
 use petra_engine::{Context, Error as EngineError, Name, Repository, SnapshotId, SnapshotRef};
 
+use tokio_util::sync::CancellationToken;
+
 use super::state::{self as place, Target, UploadState, UploadVolume};
 use crate::copy_source::CopySource;
 use crate::error::{Error, Result};
 use crate::idle::Rate;
 use crate::pool::lock::Lock;
+use crate::pool::pins::blocking;
 use crate::pool::{BaseState, Pool, entries, state};
 use crate::volume::Volume;
 
 /// Volumes of a snapshot.
 type Sources = Vec<(Name, Arc<dyn Source>)>;
+
+/// How often an upload looks whether anyone still wants it.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Copies on their way to a repository. No other process works on them while this is there.
 #[derive(Debug)]
@@ -43,7 +50,7 @@ pub fn pending(pool: &Pool) -> Result<Vec<SnapshotId>> {
 pub fn discard_unfinished(pool: &Pool) -> Result<Vec<PathBuf>> {
     let mut discarded = Vec::new();
     for id in pending(pool)? {
-        match Upload::open_any(pool, id) {
+        match Upload::open_any(pool, id, Duration::ZERO) {
             Ok(upload) if !upload.state.ready => {
                 upload.give_up()?;
                 discarded.push(place::path(pool, id));
@@ -56,6 +63,35 @@ pub fn discard_unfinished(pool: &Pool) -> Result<Vec<PathBuf>> {
     Ok(discarded)
 }
 
+/// True while someone works on an upload.
+pub fn is_being_done(pool: &Pool, id: SnapshotId) -> Result<bool> {
+    match Upload::open_any(pool, id, Duration::ZERO) {
+        Err(Error::Busy { .. }) => Ok(true),
+        Ok(_) | Err(Error::Unknown { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives an upload up, and forgets it with its copies. Succeeds where there is none. [`Error::Busy`] while someone works on
+/// it: he is told, and does the same soon.
+pub fn discard(pool: &Pool, id: SnapshotId) -> Result<()> {
+    let path = place::unwanted_path(pool, id);
+    if !place::path(pool, id).exists() {
+        remove(&path);
+        return Ok(());
+    }
+    std::fs::write(&path, b"").map_err(Error::io("write", &path))?;
+    match Upload::open_any(pool, id, Duration::ZERO) {
+        Ok(upload) => upload.give_up(),
+        Err(Error::Unknown { .. }) => {
+            // It ended meanwhile, and removed this before it was written.
+            remove(&path);
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
 impl Upload {
     pub(super) fn new(pool: &Pool, state: UploadState, lock: Lock) -> Self {
         Self { pool: pool.clone(), state, _lock: lock }
@@ -63,17 +99,22 @@ impl Upload {
 
     /// Takes an upload to go on with it. Errors: [`Error::Busy`] while someone works on it, [`Error::Unknown`].
     pub fn open(pool: &Pool, id: SnapshotId) -> Result<Self> {
-        let upload = Self::open_any(pool, id)?;
+        Self::open_within(pool, id, Duration::ZERO)
+    }
+
+    /// The same with patience: others may just be looking at it.
+    pub fn open_within(pool: &Pool, id: SnapshotId, wait: Duration) -> Result<Self> {
+        let upload = Self::open_any(pool, id, wait)?;
         if upload.state.ready { Ok(upload) } else { Err(unknown(pool, "upload", id)) }
     }
 
-    fn open_any(pool: &Pool, id: SnapshotId) -> Result<Self> {
+    fn open_any(pool: &Pool, id: SnapshotId, wait: Duration) -> Result<Self> {
         let path = place::path(pool, id);
         if !path.exists() {
             return Err(unknown(pool, "upload", id));
         }
         let what = format!("upload {id}");
-        let lock = Lock::acquire(&place::lock_path(pool, id), &what, Duration::ZERO)?;
+        let lock = Lock::acquire(&place::lock_path(pool, id), &what, wait)?;
         match state::read::<UploadState>(&path)? {
             Some(state) if state.id == id => Ok(Self::new(pool, state, lock)),
             Some(state) => {
@@ -113,8 +154,34 @@ impl Upload {
     }
 
     /// Uploads the copies to the repository of its target, makes them the bases of the next snapshots, and gives the
-    /// snapshot. After an error it can be done again, by this or another process.
+    /// snapshot. After an error it can be done again, by this or another process. [`Error::Cancelled`] also where nobody
+    /// wants it any more ([`discard`]): then it is given up.
     pub async fn run(&mut self, repo: &Repository, ctx: &Context) -> Result<SnapshotRecord> {
+        let unwanted = place::unwanted_path(&self.pool, self.state.id);
+        let is_unwanted = || async { tokio::fs::try_exists(&unwanted).await.unwrap_or(false) };
+        let wanted = Context { cancel: ctx.cancel.child_token(), ..ctx.clone() };
+        let uploaded = {
+            let mut upload = pin!(self.upload(repo, &wanted));
+            loop {
+                if is_unwanted().await {
+                    wanted.cancel.cancel();
+                }
+                tokio::select! {
+                    uploaded = &mut upload => break uploaded,
+                    () = tokio::time::sleep(LOOK) => {}
+                }
+            }
+        };
+        if uploaded.is_err() && is_unwanted().await {
+            let (pool, state) = (self.pool.clone(), self.state.clone());
+            blocking(move || delete_copies(&pool, &state)).await?;
+            self.forget();
+            return Err(Error::Cancelled);
+        }
+        uploaded
+    }
+
+    async fn upload(&mut self, repo: &Repository, ctx: &Context) -> Result<SnapshotRecord> {
         let mut committed = match self.state.committed {
             Some(id) => Some(repo.find(&SnapshotRef::Id(id)).await?),
             None => self.settle(repo, ctx).await?,
@@ -129,10 +196,10 @@ impl Upload {
         }
         let (pool, volumes) = (self.pool.clone(), self.state.volumes.clone());
         let (repository, snapshot) = (repo.config().id, record.id);
-        let done = tokio::task::spawn_blocking(move || {
+        blocking(move || {
             volumes.iter().try_for_each(|v| become_base(&pool, v, repository, snapshot))
-        });
-        done.await.map_err(|_| Error::Internal("work on a pool panicked"))??;
+        })
+        .await?;
         self.forget();
         Ok(record)
     }
@@ -164,12 +231,15 @@ impl Upload {
             parent: parent.map_or(Parent::Auto, Parent::Snapshot),
             volumes,
         };
+        let cancel = ctx.cancel.child_token();
         let host = Arc::new(NotingHost {
             host: ctx.host.clone(),
             path: place::path(&self.pool, self.state.id),
             state: Mutex::new(self.state.clone()),
+            failure: Mutex::default(),
+            cancel: cancel.clone(),
         });
-        let ctx = Context { host: host.clone(), ..ctx.clone() };
+        let ctx = Context { host: host.clone(), cancel, ..ctx.clone() };
         let taken = match snapshot(repo, request.clone(), &ctx).await {
             // The parent was purged. What has changed since is not known then.
             Err(EngineError::Unknown { .. }) if parent.is_some() => {
@@ -178,7 +248,10 @@ impl Upload {
             taken => taken,
         };
         self.state = host.state.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        Ok(taken?)
+        match host.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(failure) => Err(failure),
+            None => Ok(taken?),
+        }
     }
 
     /// The copies as sources, and the snapshot that they are best compared with.
@@ -212,31 +285,40 @@ impl Upload {
 
     /// Deletes the copies and forgets the upload, without a snapshot.
     pub fn give_up(self) -> Result<()> {
-        for part in &self.state.volumes {
-            if let Some((volume, _)) = find(&self.pool, part)? {
-                let mut locked = volume.lock()?;
-                if locked.state().copies.contains(&part.copy) {
-                    locked.delete_copy(part.copy)?;
-                }
-            }
-        }
+        delete_copies(&self.pool, &self.state)?;
         self.forget();
         Ok(())
     }
 
     /// Removes its files.
     pub(super) fn forget(&self) {
+        let (pool, id) = (&self.pool, self.state.id);
         // The lock's file last: while it is there, nobody takes the upload for one that can be gone on with.
-        for path in
-            [place::path(&self.pool, self.state.id), place::lock_path(&self.pool, self.state.id)]
-        {
-            if let Err(error) = std::fs::remove_file(&path)
-                && error.kind() != std::io::ErrorKind::NotFound
-            {
-                tracing::warn!(path = %path.display(), %error, "can't be removed");
+        remove(&place::path(pool, id));
+        remove(&place::unwanted_path(pool, id));
+        remove(&place::lock_path(pool, id));
+    }
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = std::fs::remove_file(path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "can't be removed");
+    }
+}
+
+/// Deletes the copies of an upload, as far as they are there.
+fn delete_copies(pool: &Pool, state: &UploadState) -> Result<()> {
+    for part in &state.volumes {
+        if let Some((volume, _)) = find(pool, part)? {
+            let mut locked = volume.lock()?;
+            if locked.state().copies.contains(&part.copy) {
+                locked.delete_copy(part.copy)?;
             }
         }
     }
+    Ok(())
 }
 
 /// The volume of a part, if it is still the same.
@@ -276,12 +358,28 @@ fn unknown(pool: &Pool, what: &'static str, id: SnapshotId) -> Error {
     Error::Unknown { what, name: id.to_string(), within: pool.to_string(), known: vec![] }
 }
 
-/// Notes the ids of sessions before they begin.
+/// Gives sessions the ids that follow the upload's, and notes them before they begin.
 #[derive(Debug)]
 struct NotingHost {
     host: Arc<dyn Host>,
     path: PathBuf,
     state: Mutex<UploadState>,
+    failure: Mutex<Option<Error>>,
+    /// Ends the work of whoever got an id that could not be noted.
+    cancel: CancellationToken,
+}
+
+impl NotingHost {
+    fn note(&self) -> Result<SnapshotId> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut noted = state.clone();
+        let id = noted.id.nth_after(noted.attempts);
+        noted.attempts += 1;
+        noted.sessions.push(id);
+        state::write(&self.path, &noted)?;
+        *state = noted;
+        Ok(id)
+    }
 }
 
 impl Host for NotingHost {
@@ -294,13 +392,11 @@ impl Host for NotingHost {
     }
 
     fn new_id(&self) -> SnapshotId {
-        let id = self.host.new_id();
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.sessions.push(id);
-        if let Err(error) = state::write(&self.path, &*state) {
-            // At worst there are two snapshots after a crash.
-            tracing::warn!(%error, "a session can't be noted");
-        }
-        id
+        self.note().unwrap_or_else(|error| {
+            // After a crash the next process would use it again, and two sessions must never have one id.
+            *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            self.cancel.cancel();
+            self.host.new_id()
+        })
     }
 }

@@ -26,6 +26,11 @@ impl NewCopy {
     pub fn finish(&mut self) -> Result<()> {
         self.pending.finish()
     }
+
+    /// Makes a finished copy whole and durable, without noting that it is needed: to recovery it is rubbish.
+    pub fn publish(self) -> Result<SnapshotId> {
+        self.pending.publish().map(|()| self.id)
+    }
 }
 
 impl Volume {
@@ -49,10 +54,7 @@ impl LockedVolume {
     /// [`NewCopy::finish`], while its file system is frozen, and [`keep_copy`](Self::keep_copy).
     pub fn begin_copy(&self) -> Result<NewCopy> {
         if self.state.lazy.as_ref().is_some_and(|lazy| !lazy.hydrated) {
-            return Err(Error::Request(format!(
-                "{} is a lazy clone whose data is not all here",
-                self.volume
-            )));
+            return Err(Error::Hydrating { what: self.volume.to_string() });
         }
         let pool = &self.volume.pool;
         pool.check_free()?;
@@ -67,8 +69,7 @@ impl LockedVolume {
         copy: NewCopy,
         also: impl FnOnce(&mut VolumeState),
     ) -> Result<SnapshotId> {
-        let NewCopy { id, pending } = copy;
-        pending.publish()?;
+        let id = copy.publish()?;
         // After a crash before this, the copy is rubbish.
         let noted = self.change(|state| {
             state.copies.insert(id);
