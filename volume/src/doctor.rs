@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use petra_engine::context::Host;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::mount::MountFlags;
 use serde::Serialize;
 
 use crate::backend::detect;
@@ -213,11 +214,12 @@ fn ask_fuse(host: &dyn Host) -> Result<Offer, io::Error> {
     let at = std::env::temp_dir().join(format!("petra-doctor-{}", host.new_id()));
     std::fs::create_dir(&at)?;
     let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", connection.as_raw_fd());
-    let request = mounts::mount(Path::new("petra"), &at, "fuse", true, &data).and_then(|()| {
-        let request = read_first(&connection);
-        let unmounted = mounts::unmount(&at);
-        request.and_then(|request| unmounted.map(|()| request))
-    });
+    let request = mounts::mount(Path::new("petra"), &at, "fuse", MountFlags::RDONLY, &data)
+        .and_then(|()| {
+            let request = read_first(&connection);
+            let unmounted = mounts::unmount(&at);
+            request.and_then(|request| unmounted.map(|()| request))
+        });
     let removed = std::fs::remove_dir(&at);
     let request = request?;
     removed?;

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`agent`] | the process that fetches, hydrates and uploads for a pool |
 //! | [`backend`] | how images are made, copied by reference and deleted on btrfs and XFS |
+//! | [`binds`] | a volume at more than one place: bind mounts |
 //! | [`clones`] | volumes made from snapshots of a repository |
 //! | [`copy_source`] | reading a copy for a snapshot: past the page cache, and only what has changed |
 //! | [`device`] | whether a device or image is mounted, attached or otherwise in use |
@@ -15,6 +16,7 @@
 //! | [`fuse`] | a file system with one file, served by this process |
 //! | [`idle`] | working only when nobody else wants to, and not too fast |
 //! | [`lazy`] | images whose data come when they are read |
+//! | [`mount_options`] | the words of `mount -o` |
 //! | [`pool`] | the directory that holds a machine's volumes: making it, its room, its recovery |
 //! | [`programs`] | how this crate's processes are started |
 //! | [`snapshot`] | one point in time of some volumes, and its way to a repository |
@@ -23,6 +25,7 @@
 
 pub mod agent;
 pub mod backend;
+pub mod binds;
 pub mod clones;
 pub mod copy_source;
 pub mod device;
@@ -33,6 +36,7 @@ pub mod freeze;
 pub mod fuse;
 pub mod idle;
 pub mod lazy;
+pub mod mount_options;
 pub mod pool;
 pub mod programs;
 pub mod snapshot;
@@ -42,6 +46,7 @@ pub mod volume;
 pub use backend::{Backend, BackendKind, PendingCopy};
 pub use device::{System, Use};
 pub use error::{Error, Result};
+pub use mount_options::MountOptions;
 pub use petra_engine::ErrorKind;
 pub use pool::Pool;
 pub use programs::Programs;

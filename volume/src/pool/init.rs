@@ -9,6 +9,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use petra_engine::context::Host;
 use rustix::fs::{SeekFrom, seek};
+use rustix::mount::MountFlags;
 
 use super::state::{self, FORMAT, PoolState};
 use super::{DEFAULT_OVERCOMMIT_PERCENT, Pool, entries};
@@ -257,7 +258,8 @@ fn format(path: &Path, kind: BackendKind) -> Result<()> {
 fn mount_new(device: &Path, at: &Path, kind: BackendKind) -> Result<()> {
     std::fs::create_dir_all(at).map_err(Error::io("create", at))?;
     let filesystem = kind.to_string();
-    mounts::mount(device, at, &filesystem, false, "").map_err(Error::io("mount", device))
+    mounts::mount(device, at, &filesystem, MountFlags::NOATIME, "")
+        .map_err(Error::io("mount", device))
 }
 
 /// Makes a file system in a new file and mounts it. After an error there is no such file.

@@ -99,6 +99,13 @@ pub struct Space {
     pub free_inodes: u64,
 }
 
+impl Space {
+    /// The room of the file system that a path is on.
+    pub fn of(path: &Path) -> crate::Result<Self> {
+        space(path).map_err(crate::Error::io("look at", path))
+    }
+}
+
 /// The room of the file system that `path` is on.
 pub(crate) fn space(path: &Path) -> io::Result<Space> {
     let statvfs = rustix::fs::statvfs(path)?;

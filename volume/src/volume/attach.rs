@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::{LockedVolume, Volume};
 use crate::backend::IMAGE;
 use crate::error::{Error, Result};
-use crate::pool::state::{Filesystem, VolumeState};
+use crate::pool::state::VolumeState;
 use crate::sys::loops::{Backing, LoopDevice, Options};
 
 /// The device of a volume.
@@ -146,9 +146,7 @@ impl LockedVolume {
         let len_bytes = std::fs::metadata(path).map_err(Error::io("look at", path))?.len();
         let size_bytes = self.state.size_bytes;
         if len_bytes < size_bytes && self.state.grow_filesystem {
-            self.set_image_size(size_bytes)?;
-            let is_raw = self.state.filesystem == Filesystem::Raw;
-            return self.change(|state| state.grow_filesystem = !is_raw);
+            return self.set_image_size(size_bytes);
         }
         if len_bytes != size_bytes {
             let detail = format!("it has {len_bytes} bytes, and the volume has {size_bytes}");

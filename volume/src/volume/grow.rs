@@ -4,12 +4,15 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+use rustix::mount::MountFlags;
+
 use super::LockedVolume;
 use crate::error::{Error, Result};
 use crate::pool::MAX_VOLUME_BYTES;
 use crate::pool::state::Filesystem;
+use crate::sys::mounts::Mount;
 use crate::sys::tools::{E2FSCK, RESIZE2FS, argument};
-use crate::sys::{btrfs, resize};
+use crate::sys::{btrfs, mounts, resize};
 
 impl LockedVolume {
     /// Makes the volume this large, its device and its file system too. A file system that is not mounted grows at the
@@ -22,7 +25,7 @@ impl LockedVolume {
             format!("a volume has at most {MAX_VOLUME_BYTES} bytes (1 PiB)")
         } else if !size_bytes.is_multiple_of(sector_bytes) {
             format!("its size must be a multiple of {sector_bytes} bytes")
-        } else if self.state.lazy.is_some() {
+        } else if size_bytes > now && self.state.lazy.is_some() {
             "it is a lazy clone whose data is not all here".to_owned()
         } else {
             return self.grow_to(size_bytes);
@@ -41,21 +44,17 @@ impl LockedVolume {
             let has_filesystem = self.state.filesystem != Filesystem::Raw;
             self.change(|state| {
                 state.size_bytes = size_bytes;
-                // Also for a raw one until its image has grown.
+                // Also for a raw one: until its image has grown, and longer if it does hold a file system.
                 state.grow_filesystem |= more_bytes > 0 || has_filesystem;
             })?;
         }
-        self.set_image_size(size_bytes)?;
+        if self.state.lazy.is_none() {
+            self.set_image_size(size_bytes)?;
+        }
         for (device, _) in self.volume.attachments()? {
             device.follow_size().map_err(Error::io("resize", device.path()))?;
         }
-        if self.state.filesystem == Filesystem::Raw {
-            return self.change(|state| state.grow_filesystem = false);
-        }
-        match self.volume.mounts()?.first() {
-            Some(at) => self.grow_mounted(at),
-            None => Ok(()),
-        }
+        if self.state.grow_filesystem { self.grow_mounted() } else { Ok(()) }
     }
 
     /// Makes an ext4 that is not mounted as large as its device. It is checked first, which takes time.
@@ -75,25 +74,47 @@ impl LockedVolume {
         image.sync_all().map_err(Error::io("sync", path))
     }
 
-    /// Makes the file system that is mounted there as large as the volume.
-    pub(super) fn grow_mounted(&mut self, at: &Path) -> Result<()> {
+    /// Makes the file system of the volume as large as the volume. One that nobody has mounted for writing grows at the next
+    /// mount.
+    pub(super) fn grow_mounted(&mut self) -> Result<()> {
+        let image = self.volume.image();
+        let Some(mount) = self.writable_mount()? else {
+            // What is absent in the image of a lazy clone tells nothing.
+            if self.state.lazy.is_none() && self.detect(&image)? == Filesystem::Raw {
+                return self.change(|state| state.grow_filesystem = false);
+            }
+            return Ok(());
+        };
         let size_bytes = self.state.size_bytes;
-        let top = File::open(at).map_err(Error::io("open", at))?;
-        let grown = match self.state.filesystem {
-            Filesystem::Ext4 => resize::ext4(&top, size_bytes),
-            Filesystem::Xfs => resize::xfs(&top, size_bytes),
-            Filesystem::Btrfs => btrfs::grow_to_device(&top),
-            Filesystem::Raw => Ok(()),
+        let top = File::open(&mount.at).map_err(Error::io("open", &mount.at))?;
+        // What is mounted counts: for a clone nobody may have noted what it holds.
+        let grown = match mount.filesystem.parse() {
+            Ok(Filesystem::Ext4) => resize::ext4(&top, size_bytes),
+            Ok(Filesystem::Xfs) => resize::xfs(&top, size_bytes),
+            Ok(Filesystem::Btrfs) => btrfs::grow_to_device(&top),
+            Ok(Filesystem::Raw) | Err(_) => Ok(()),
         };
         grown.map_err(|cause| {
             if cause.kind() == io::ErrorKind::PermissionDenied {
                 // What this kernel wants for ext4, although a user may be root.
                 let detail = "to grow a mounted ext4, a process needs CAP_SYS_RESOURCE; the volume has its new size, and \
                               its file system grows when it is mounted next";
-                return Error::Unsupported { path: at.to_owned(), detail: detail.to_owned() };
+                return Error::Unsupported { path: mount.at.clone(), detail: detail.to_owned() };
             }
-            Error::io("grow the file system at", at)(cause)
+            Error::io("grow the file system at", &mount.at)(cause)
         })?;
         self.change(|state| state.grow_filesystem = false)
+    }
+
+    /// A mount of the volume's file system through which it can be written: the one that shows most of it.
+    fn writable_mount(&self) -> Result<Option<Mount>> {
+        let all = mounts::all().map_err(Error::io("read", "/proc/self/mountinfo"))?;
+        let devices = self.volume.attachments()?;
+        let writable = all.into_iter().filter(|mount| {
+            let is_ours = devices.iter().any(|(device, _)| mount.is_on(device.number()));
+            is_ours && !mount.read_only && !mount.flags.contains(MountFlags::RDONLY)
+        });
+        // A bind mount may show a single file, where nothing can be asked for.
+        Ok(writable.min_by_key(|mount| mount.root.components().count()))
     }
 }

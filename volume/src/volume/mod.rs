@@ -5,6 +5,7 @@
 mod attach;
 mod copies;
 mod grow;
+mod health;
 mod mount;
 pub(crate) mod served;
 mod stats;

@@ -15,17 +15,19 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
-use super::{Attachment, LockedVolume};
+use super::{Attachment, LockedVolume, Volume};
 use crate::backend::IMAGE;
 use crate::error::{Error, Result};
 use crate::lazy::presence::VolumeIdentity;
 use crate::lazy::server::{Inheritance, ServerOptions};
 use crate::programs::Programs;
-use crate::sys::mounts;
+use crate::sys::{files, mounts};
 
 /// How long a server that was told to end may take to make durable what it has.
 const END_WAIT: Duration = Duration::from_secs(60);
 const END_STEP: Duration = Duration::from_millis(2);
+/// How often is looked for the successor of an image server.
+const SUCCESSOR_STEP: Duration = Duration::from_millis(50);
 /// Threads of an image server.
 const THREADS: usize = 4;
 
@@ -36,6 +38,35 @@ pub struct Serving {
     pub programs: Programs,
     /// How long a read waits for data while the repository is away.
     pub patience: Duration,
+}
+
+impl Volume {
+    /// False for a volume whose image server died: its device answers nothing but errors. Waits so long for a successor,
+    /// which can come only while nobody has the volume locked.
+    pub fn is_alive(&self, patience: Duration) -> Result<bool> {
+        let mut waited = Duration::ZERO;
+        loop {
+            if self.state()?.lazy.is_none() || self.has_server()? || self.attachment()?.is_none() {
+                return Ok(true);
+            }
+            if waited >= patience {
+                return Ok(false);
+            }
+            sleep(SUCCESSOR_STEP);
+            waited += SUCCESSOR_STEP;
+        }
+    }
+
+    /// True while a process serves the volume. Its file is not asked: a server that hangs would not answer.
+    fn has_server(&self) -> Result<bool> {
+        let path = self.presence();
+        match File::open(&path) {
+            // Every server has it locked as long as it lives. Whoever starts one tries again where this is in the way.
+            Ok(file) => Ok(!files::try_lock(&file).map_err(Error::io("lock", &path))?),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(Error::io("open", path)(error)),
+        }
+    }
 }
 
 impl LockedVolume {
@@ -50,7 +81,7 @@ impl LockedVolume {
                 remove(self.volume.presence())?;
                 return self.attach(read_only);
             }
-        } else if self.is_served() {
+        } else if self.volume.has_server()? {
             return self.attach_image(&self.served(), read_only);
         } else {
             let by = "its image server died: detach it and attach it again".to_owned();
@@ -107,11 +138,6 @@ impl LockedVolume {
     /// What the device of a lazy clone stands on.
     pub(crate) fn served(&self) -> PathBuf {
         self.volume.lazy_directory().join(IMAGE)
-    }
-
-    /// True while an image server answers.
-    fn is_served(&self) -> bool {
-        std::fs::metadata(self.served()).is_ok()
     }
 
     /// Ends the image server, if there is one, and waits until it has made all durable. Clears away what a dead one left.
