@@ -23,6 +23,9 @@ use crate::pool::pins::blocking;
 use crate::pool::{BaseState, Pool, entries, state};
 use crate::volume::Volume;
 
+/// Metadata of a snapshot: the id of the upload that made it.
+const UPLOAD: &str = "petra.upload";
+
 /// Volumes of a snapshot.
 type Sources = Vec<(Name, Arc<dyn Source>)>;
 
@@ -35,6 +38,11 @@ pub struct Upload {
     pool: Pool,
     state: UploadState,
     _lock: Lock,
+}
+
+/// The id of the upload that made a snapshot: the one that [`resolve`](super::resolve) takes.
+pub fn upload_of(record: &SnapshotRecord) -> SnapshotId {
+    record.metadata.get(UPLOAD).and_then(|id| id.parse().ok()).unwrap_or(record.id)
 }
 
 /// The ids of all uploads of a pool that have not ended, the oldest first. Someone may be working on them.
@@ -218,8 +226,9 @@ impl Upload {
     }
 
     async fn store(&mut self, repo: &Repository, ctx: &Context) -> Result<SnapshotRecord> {
-        let Target { experiment, run, name, labels, message, metadata, .. } =
+        let Target { experiment, run, name, labels, message, mut metadata, .. } =
             self.state.target.clone();
+        metadata.insert(UPLOAD.to_owned(), self.state.id.to_string());
         let (volumes, parent) = self.sources(repo)?;
         let request = SnapshotRequest {
             experiment,
