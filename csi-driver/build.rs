@@ -1,8 +1,13 @@
-//! Compiles the wire interfaces, without protoc.
+//! Compiles the wire interfaces, without protoc, and keeps their description for logs (`telemetry::describe`).
+
+use protox::prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let files = protox::compile(["csi.proto", "agent.proto"], ["proto"])?;
+    let out = std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?;
+    let path = std::path::Path::new(&out).join("interfaces.bin");
+    std::fs::write(path, files.encode_to_vec())?;
     tonic_prost_build::configure().compile_fds(files)?;
     Ok(())
 }

@@ -24,6 +24,8 @@
 //! | [`node`] | the service Node |
 //! | [`proto`] | the generated wire interfaces |
 //! | [`repositories`] | repositories by name, opened once |
+//! | [`socket`] | the Unix socket that calls come through |
+//! | [`telemetry`] | logs, events and metrics |
 //! | [`template`] | experiment, run and names of snapshots, from what Kubernetes says |
 
 pub mod agent;
@@ -36,6 +38,8 @@ pub mod locks;
 pub mod node;
 pub mod proto;
 pub mod repositories;
+pub mod socket;
+pub mod telemetry;
 pub mod template;
 
 /// The driver's name in a cluster.

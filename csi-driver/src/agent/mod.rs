@@ -1,6 +1,18 @@
 //! What a controller asks of a node: one trait, with an implementation in process and one over gRPC.
 //!
 //! The messages are those of the wire (`proto/agent.proto`), so that both are the same thing.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`nodes`] | all nodes that a controller knows, by pool and by name |
+//! | [`remote`] | an agent on another node |
+//! | [`server`] | an agent for a controller elsewhere |
+//! | [`tls`] | who may talk to whom |
+
+pub mod nodes;
+pub mod remote;
+pub mod server;
+pub mod tls;
 
 use std::fmt;
 
@@ -14,6 +26,11 @@ pub use crate::proto::agent::{
 
 /// Metadata of volumes and snapshots: the name in the CSI call that made it.
 pub const CSI_NAME: &str = "csi.name";
+
+/// The longest request on the wire. Maps in CSI calls have 4 KiB at most.
+const MAX_REQUEST_BYTES: usize = 1 << 20;
+/// The longest answer: some ten thousand volumes.
+const MAX_ANSWER_BYTES: usize = 16 << 20;
 
 /// A node, as a controller sees it. Every call can be repeated, and may be dropped at any point.
 #[async_trait]

@@ -1,0 +1,397 @@
+//! Agents on other nodes: who is let in, who is found, and what happens when a node is away.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use petra_csi::agent::nodes::Nodes;
+use petra_csi::agent::remote::RemoteAgent;
+use petra_csi::agent::server::serve;
+use petra_csi::agent::tls::{CONTROLLER, NODE, Tls};
+use petra_csi::agent::{
+    CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo, TakeSnapshotRequest, Upload,
+    Volume,
+};
+use petra_csi::telemetry::{Metrics, Observe, Readings};
+use petra_engine::SnapshotId;
+use rcgen::{
+    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
+};
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tonic::{Code, Status};
+
+/// An authority, and directories with certificates of it.
+struct Authority {
+    directory: TempDir,
+    issuer: Issuer<'static, KeyPair>,
+    pem: String,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let pem = params.self_signed(&key).unwrap().pem();
+        Self { directory: tempfile::tempdir().unwrap(), issuer: Issuer::new(params, key), pem }
+    }
+
+    /// Certificates for one side.
+    fn issue(&self, name: &str) -> PathBuf {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let directory = self.directory.path().join(name);
+        write(&directory, &self.pem, &certificate.pem(), &key.serialize_pem());
+        directory
+    }
+}
+
+fn write(directory: &Path, ca: &str, certificate: &str, key: &str) {
+    std::fs::create_dir_all(directory).unwrap();
+    std::fs::write(directory.join("ca.pem"), ca).unwrap();
+    std::fs::write(directory.join("cert.pem"), certificate).unwrap();
+    std::fs::write(directory.join("key.pem"), key).unwrap();
+}
+
+/// A node of which nothing is real but its name.
+#[derive(Debug)]
+struct Fake {
+    node: &'static str,
+    pool: SnapshotId,
+    volumes: Mutex<BTreeMap<String, Volume>>,
+    /// How long it takes to delete something.
+    slow: Duration,
+}
+
+impl Fake {
+    fn new(node: &'static str, number: u64) -> Self {
+        let pool = SnapshotId::from_parts(number, 7);
+        Self { node, pool, volumes: Mutex::default(), slow: Duration::ZERO }
+    }
+}
+
+#[async_trait]
+impl NodeAgent for Fake {
+    async fn info(&self) -> Result<NodeInfo, Status> {
+        Ok(NodeInfo {
+            node: self.node.to_owned(),
+            pool: self.pool.to_string(),
+            available_bytes: 7,
+            ..NodeInfo::default()
+        })
+    }
+
+    async fn create_volume(&self, request: CreateVolumeRequest) -> Result<Volume, Status> {
+        let volume = Volume {
+            name: request.name.clone(),
+            size_bytes: request.size_bytes,
+            metadata: request.metadata,
+            ..Volume::default()
+        };
+        self.volumes.lock().unwrap().insert(request.name, volume.clone());
+        Ok(volume)
+    }
+
+    async fn delete_volume(&self, name: &str) -> Result<(), Status> {
+        tokio::time::sleep(self.slow).await;
+        self.volumes.lock().unwrap().remove(name);
+        Ok(())
+    }
+
+    async fn volume(&self, name: &str) -> Result<Volume, Status> {
+        let found = self.volumes.lock().unwrap().get(name).cloned();
+        found.ok_or_else(|| Status::not_found(format!("no volume {name:?}")))
+    }
+
+    async fn volumes(&self) -> Result<Vec<Volume>, Status> {
+        Ok(self.volumes.lock().unwrap().values().cloned().collect())
+    }
+
+    async fn expand_volume(&self, _: ExpandVolumeRequest) -> Result<Volume, Status> {
+        Err(Status::resource_exhausted("no room"))
+    }
+
+    async fn take_snapshot(&self, request: TakeSnapshotRequest) -> Result<Upload, Status> {
+        Ok(Upload { name: request.name, ..Upload::default() })
+    }
+
+    async fn uploads(&self) -> Result<Vec<Upload>, Status> {
+        Ok(vec![Upload::default()])
+    }
+
+    async fn discard_upload(&self, _: &str) -> Result<(), Status> {
+        Ok(())
+    }
+}
+
+/// A node that serves.
+struct Running {
+    address: SocketAddr,
+    metrics: Arc<Metrics>,
+    end: Option<oneshot::Sender<()>>,
+    serving: JoinHandle<()>,
+}
+
+impl Running {
+    async fn start(agent: Fake, certificates: &Path) -> Self {
+        Self::start_at("127.0.0.1:0".parse().unwrap(), agent, certificates).await
+    }
+
+    async fn start_at(address: SocketAddr, agent: Fake, certificates: &Path) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let tls = Tls::open(certificates).unwrap();
+        let metrics = Metrics::new();
+        let observe = Observe::new(metrics.clone());
+        let (end, ended) = oneshot::channel();
+        let serving = tokio::spawn(async move {
+            let shutdown = async move { drop(ended.await) };
+            serve(listener, tls, Arc::new(agent), observe, shutdown).await.unwrap();
+        });
+        Self { address, metrics, end: Some(end), serving }
+    }
+
+    fn url(&self) -> String {
+        format!("https://{}", self.address)
+    }
+
+    async fn stop(mut self) -> SocketAddr {
+        self.end.take().unwrap().send(()).unwrap();
+        self.serving.await.unwrap();
+        self.address
+    }
+}
+
+#[tokio::test]
+async fn calls_and_answers_arrive() {
+    let authority = Authority::new();
+    let node = Running::start(Fake::new("a", 1), &authority.issue(NODE)).await;
+    let tls = Tls::open(authority.issue(CONTROLLER)).unwrap();
+    let agent = RemoteAgent::new(&node.url(), tls).unwrap();
+    assert_eq!(agent.info().await.unwrap().node, "a");
+
+    let metadata = [("csi.name".to_owned(), "pvc-1".to_owned())].into();
+    let request = CreateVolumeRequest {
+        name: "v".to_owned(),
+        size_bytes: 4096,
+        metadata,
+        ..CreateVolumeRequest::default()
+    };
+    let made = agent.create_volume(request).await.unwrap();
+    assert_eq!(made, agent.volume("v").await.unwrap());
+    assert_eq!(agent.volumes().await.unwrap(), [made]);
+    agent.delete_volume("v").await.unwrap();
+    // What the node says is what the caller hears.
+    let error = agent.volume("v").await.unwrap_err();
+    assert_eq!((error.code(), error.message()), (Code::NotFound, "no volume \"v\""));
+    let error = agent.expand_volume(ExpandVolumeRequest::default()).await.unwrap_err();
+    assert_eq!((error.code(), error.message()), (Code::ResourceExhausted, "no room"));
+    let snapshot = TakeSnapshotRequest { name: "s".to_owned(), ..TakeSnapshotRequest::default() };
+    assert_eq!(agent.take_snapshot(snapshot).await.unwrap().name, "s");
+    assert_eq!(agent.uploads().await.unwrap().len(), 1);
+    agent.discard_upload("x").await.unwrap();
+
+    let text = node.metrics.text(&Readings::default()).unwrap();
+    for line in [
+        r#"petra_csi_operations_total{method="NodeAgent/GetVolume",code="Ok"} 1"#,
+        r#"petra_csi_operations_total{method="NodeAgent/GetVolume",code="NotFound"} 1"#,
+        r#"petra_csi_operation_duration_seconds_count{method="NodeAgent/GetVolume"} 2"#,
+        r#"petra_csi_operations_under_way{method="NodeAgent/GetVolume"} 0"#,
+    ] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn only_a_controller_of_the_same_authority_is_let_in() {
+    let (ours, theirs) = (Authority::new(), Authority::new());
+    let node = Running::start(Fake::new("a", 1), &ours.issue(NODE)).await;
+    let refused = async |directory: PathBuf| {
+        let agent = RemoteAgent::new(&node.url(), Tls::open(directory).unwrap()).unwrap();
+        let error = agent.info().await.unwrap_err();
+        assert_eq!(error.code(), Code::Unavailable, "{error}");
+    };
+    // Another authority, which the client trusts as little as the node does.
+    refused(theirs.issue(CONTROLLER)).await;
+    // The client trusts the node, but the node not the client.
+    let stranger = theirs.issue(CONTROLLER);
+    std::fs::write(stranger.join("ca.pem"), &ours.pem).unwrap();
+    refused(stranger).await;
+    // A node is no controller.
+    refused(ours.issue(NODE)).await;
+    // A controller is no node.
+    let false_node = Running::start(Fake::new("b", 2), &ours.issue(CONTROLLER)).await;
+    let tls = Tls::open(ours.issue(CONTROLLER)).unwrap();
+    let agent = RemoteAgent::new(&false_node.url(), tls.clone()).unwrap();
+    assert_eq!(agent.info().await.unwrap_err().code(), Code::Unavailable);
+
+    // Without any certificate, and without TLS.
+    let mut roots = rustls::RootCertStore::empty();
+    let pem = std::fs::read(ours.issue("x").join("ca.pem")).unwrap();
+    let ca = rustls::pki_types::pem::PemObject::from_pem_slice(&pem).unwrap();
+    roots.add(ca).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let nobody = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let stream = tokio::net::TcpStream::connect(node.address).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(nobody));
+    let name = rustls::pki_types::ServerName::try_from(NODE).unwrap();
+    // In TLS 1.3 the client hears of it after it has sent its part.
+    let mut stream = connector.connect(name, stream).await.unwrap();
+    let read = tokio::io::AsyncReadExt::read(&mut stream, &mut [0; 1]).await;
+    assert!(read.is_err(), "{read:?}");
+    let plain = tonic::transport::Endpoint::from_shared(format!("http://{}", node.address));
+    let mut plain = petra_csi::proto::agent::node_agent_client::NodeAgentClient::new(
+        plain.unwrap().connect_lazy(),
+    );
+    plain.get_info(petra_csi::proto::agent::GetInfoRequest {}).await.unwrap_err();
+
+    // And all of this kept nobody else out.
+    RemoteAgent::new(&node.url(), tls).unwrap().info().await.unwrap();
+}
+
+#[tokio::test]
+async fn nodes_are_found_by_pool_and_by_name() {
+    let authority = Authority::new();
+    let certificates = authority.issue(NODE);
+    let a = Running::start(Fake::new("a", 1), &certificates).await;
+    let b = Running::start(Fake::new("b", 2), &certificates).await;
+    let (pool_a, pool_b) = (SnapshotId::from_parts(1, 7), SnapshotId::from_parts(2, 7));
+    let tls = Tls::open(authority.issue(CONTROLLER)).unwrap();
+    let nodes = Nodes::remote([a.url(), b.url()], tls.clone()).unwrap();
+
+    let everyone = nodes.all().await;
+    let names: Vec<_> = everyone.there.iter().map(|node| node.info.node.as_str()).collect();
+    assert_eq!((names, everyone.away.len()), (vec!["a", "b"], 0));
+    assert_eq!(nodes.by_pool(pool_b).await.unwrap().info().await.unwrap().node, "b");
+    assert_eq!(nodes.by_node("a").await.unwrap().info.pool, pool_a.to_string());
+    let nowhere = SnapshotId::from_parts(3, 7);
+    assert_eq!(nodes.by_pool(nowhere).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(nodes.by_node("c").await.unwrap_err().code(), Code::NotFound);
+
+    // A node that is away is not one that never was.
+    let agent_b = nodes.by_pool(pool_b).await.unwrap();
+    let address = b.stop().await;
+    assert_eq!(agent_b.info().await.unwrap_err().code(), Code::Unavailable);
+    tokio::time::sleep(Duration::from_millis(5100)).await;
+    let error = nodes.by_pool(pool_b).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable);
+    assert!(error.message().contains("node b"), "{error}");
+    assert_eq!(nodes.by_pool(nowhere).await.unwrap_err().code(), Code::Unavailable);
+    assert_eq!(nodes.by_node("b").await.unwrap_err().code(), Code::Unavailable);
+    let everyone = nodes.all().await;
+    assert_eq!((everyone.there.len(), everyone.away[0].node.as_str()), (1, "b"));
+    nodes.by_pool(pool_a).await.unwrap();
+
+    // Another node at its address is not taken for it.
+    let other = Running::start_at(address, Fake::new("c", 3), &certificates).await;
+    let error = agent_b.delete_volume("v").await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable, "{error}");
+    assert_eq!(nodes.by_pool(nowhere).await.unwrap().info().await.unwrap().node, "c");
+    other.stop().await;
+
+    // It comes back, and is found at once.
+    let b = Running::start_at(address, Fake::new("b", 2), &certificates).await;
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    assert_eq!(nodes.by_pool(pool_b).await.unwrap().info().await.unwrap().node, "b");
+    b.stop().await;
+    a.stop().await;
+}
+
+#[tokio::test]
+async fn a_name_may_stand_for_fewer_nodes_than_there_are() {
+    let authority = Authority::new();
+    let node = Running::start(Fake::new("a", 1), &authority.issue(NODE)).await;
+    let tls = Tls::open(authority.issue(CONTROLLER)).unwrap();
+    let url = format!("https://localhost:{}", node.address.port());
+    let nodes = Nodes::remote([url], tls.clone()).unwrap();
+    nodes.by_pool(SnapshotId::from_parts(1, 7)).await.unwrap();
+    let error = nodes.by_pool(SnapshotId::from_parts(2, 7)).await.unwrap_err();
+    assert_eq!(error.code(), Code::Unavailable);
+    let nodes = Nodes::remote(["https://nobody.invalid:1"], tls).unwrap();
+    assert_eq!(
+        nodes.by_pool(SnapshotId::from_parts(1, 7)).await.unwrap_err().code(),
+        Code::Unavailable
+    );
+    assert_eq!(nodes.all().await.away.len(), 1);
+}
+
+#[tokio::test]
+async fn a_node_in_this_process_needs_no_network() {
+    let nodes = Nodes::local(Arc::new(Fake::new("here", 1)));
+    nodes.by_pool(SnapshotId::from_parts(1, 7)).await.unwrap();
+    let error = nodes.by_pool(SnapshotId::from_parts(2, 7)).await.unwrap_err();
+    assert_eq!(error.code(), Code::NotFound);
+    assert_eq!(nodes.by_node("here").await.unwrap().info.available_bytes, 7);
+}
+
+#[tokio::test]
+async fn what_is_under_way_may_end() {
+    let authority = Authority::new();
+    let slow = Fake { slow: Duration::from_millis(600), ..Fake::new("a", 1) };
+    let node = Running::start(slow, &authority.issue(NODE)).await;
+    let tls = Tls::open(authority.issue(CONTROLLER)).unwrap();
+    let agent = RemoteAgent::new(&node.url(), tls).unwrap();
+    agent.info().await.unwrap();
+    let deletion = tokio::spawn(async move { agent.delete_volume("v").await });
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    node.stop().await;
+    deletion.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_node_that_comes_soon_is_waited_for() {
+    let authority = Authority::new();
+    let certificates = authority.issue(NODE);
+    let node = Running::start(Fake::new("a", 1), &certificates).await;
+    let tls = Tls::open(authority.issue(CONTROLLER)).unwrap();
+    let url = node.url();
+    let address = node.stop().await;
+    let agent = RemoteAgent::new(&url, tls).unwrap();
+    let asked = tokio::spawn(async move { agent.info().await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let node = Running::start_at(address, Fake::new("a", 1), &certificates).await;
+    assert_eq!(asked.await.unwrap().unwrap().node, "a");
+    node.stop().await;
+}
+
+#[test]
+fn certificates_that_are_none_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    Tls::open(directory.path()).unwrap_err();
+    let authority = Authority::new();
+    let good = authority.issue(NODE);
+    for file in ["ca.pem", "cert.pem", "key.pem"] {
+        let kept = std::fs::read(good.join(file)).unwrap();
+        for wrong in [
+            &b""[..],
+            b"nonsense",
+            b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        ] {
+            std::fs::write(good.join(file), wrong).unwrap();
+            let error = Tls::open(&good).unwrap_err().to_string();
+            assert!(!error.contains("AAAA"), "{error}");
+        }
+        std::fs::write(good.join(file), kept).unwrap();
+        Tls::open(&good).unwrap();
+    }
+    // A key of another certificate.
+    let key = std::fs::read(authority.issue(CONTROLLER).join("key.pem")).unwrap();
+    std::fs::write(good.join("key.pem"), key).unwrap();
+    Tls::open(&good).unwrap_err();
+}
