@@ -15,6 +15,7 @@
 //! | module | what it knows |
 //! |---|---|
 //! | [`agent`] | what a controller asks of a node, here and far away |
+//! | [`args`] | the command line |
 //! | [`capability`] | which ways to use a volume there are |
 //! | [`controller`] | the services Controller, GroupController and SnapshotMetadata |
 //! | [`failure`] | errors as gRPC codes |
@@ -24,11 +25,13 @@
 //! | [`node`] | the service Node |
 //! | [`proto`] | the generated wire interfaces |
 //! | [`repositories`] | repositories by name, opened once |
+//! | [`run`] | starting and ending a process |
 //! | [`socket`] | the Unix socket that calls come through |
 //! | [`telemetry`] | logs, events and metrics |
 //! | [`template`] | experiment, run and names of snapshots, from what Kubernetes says |
 
 pub mod agent;
+pub mod args;
 pub mod capability;
 pub mod controller;
 pub mod failure;
@@ -38,6 +41,7 @@ pub mod locks;
 pub mod node;
 pub mod proto;
 pub mod repositories;
+pub mod run;
 pub mod socket;
 pub mod telemetry;
 pub mod template;

@@ -1,1 +1,205 @@
-//! (being written)
+//! Repositories by name, opened once, and what is in them.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use petra_engine::access::Access;
+use petra_engine::record::{SnapshotRecord, VolumeRecord};
+use petra_engine::{Item, PetraUrl, Repository, RepositoryUrl, SnapshotId, SnapshotRef};
+use petra_volume::snapshot;
+use tonic::Status;
+
+use crate::failure;
+use crate::handle::SnapshotHandle;
+
+/// Repositories that are kept open.
+const OPEN: usize = 64;
+
+/// The secrets of a CSI call.
+pub type Secrets = HashMap<String, String>;
+
+/// The repositories of a cluster.
+#[derive(Clone, Debug, Default)]
+pub struct Repositories(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// In the order given: the first is the default.
+    named: Vec<(String, RepositoryUrl)>,
+    /// By URL and a hash of the secrets.
+    open: Mutex<HashMap<(String, blake3::Hash), Arc<Opened>>>,
+}
+
+/// A repository, and records of it that were read. They never change.
+#[derive(Debug)]
+pub struct Opened {
+    /// The repository.
+    pub repository: Repository,
+    records: Mutex<BTreeMap<SnapshotId, Arc<SnapshotRecord>>>,
+}
+
+/// A volume of a snapshot that an id led to.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Its repository.
+    pub opened: Arc<Opened>,
+    /// The repository's URL.
+    pub url: RepositoryUrl,
+    /// The snapshot.
+    pub record: Arc<SnapshotRecord>,
+    /// The name of the volume, where the id has one.
+    pub volume: Option<petra_engine::Name>,
+}
+
+impl Repositories {
+    /// Repositories with their names.
+    pub fn new(named: Vec<(String, RepositoryUrl)>) -> Self {
+        Self(Arc::new(Inner { named, open: Mutex::default() }))
+    }
+
+    /// The name of the default repository.
+    pub fn default_name(&self) -> Result<&str, Status> {
+        self.0.named.first().map(|(name, _)| name.as_str()).ok_or_else(|| {
+            Status::invalid_argument(
+                "no repository: give the class the parameter repository, or the driver --repository NAME=URL",
+            )
+        })
+    }
+
+    /// The names of all that have one.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.named.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// The URL of a repository that is given by its name or as a URL.
+    pub fn url(&self, repository: &str) -> Result<RepositoryUrl, Status> {
+        if let Some((_, url)) = self.0.named.iter().find(|(name, _)| name == repository) {
+            return Ok(url.clone());
+        }
+        if !repository.contains("://") {
+            let known: Vec<_> = self.names().collect();
+            return Err(Status::not_found(format!(
+                "no repository is named {repository:?}; there are: {}",
+                known.join(", ")
+            )));
+        }
+        let url: PetraUrl = repository.parse().map_err(failure::of_engine)?;
+        match url.item {
+            Item::Repository => Ok(url.repository),
+            _ => Err(Status::invalid_argument(format!("{repository} is no whole repository"))),
+        }
+    }
+
+    /// How a repository is called in ids: by its name if it has one.
+    pub fn short<'a>(&'a self, repository: &'a str) -> &'a str {
+        let url = || repository.parse::<RepositoryUrl>().ok();
+        let named = |url: RepositoryUrl| self.0.named.iter().find(|(_, named)| *named == url);
+        url().and_then(named).map_or(repository, |(name, _)| name)
+    }
+
+    /// Opens a repository.
+    pub async fn open(
+        &self,
+        url: &RepositoryUrl,
+        secrets: &Secrets,
+    ) -> Result<Arc<Opened>, Status> {
+        let key = (url.to_string(), fingerprint(secrets));
+        if let Some(open) = self.lock().get(&key) {
+            return Ok(open.clone());
+        }
+        let access = Access::from_secrets(secrets).map_err(failure::of_engine)?;
+        let repository = access.open(url).await.map_err(failure::of_engine)?;
+        let opened = Arc::new(Opened { repository, records: Mutex::default() });
+        let mut open = self.lock();
+        if open.len() >= OPEN {
+            // Which one goes does not matter: it is opened again when it is needed.
+            open.clear();
+        }
+        Ok(open.entry(key).or_insert(opened).clone())
+    }
+
+    fn lock(
+        &self,
+    ) -> std::sync::MutexGuard<'_, HashMap<(String, blake3::Hash), Arc<Opened>>> {
+        self.0.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows the id of a snapshot. `NOT_FOUND` where it is not in its repository (yet).
+    pub async fn find(&self, handle: &SnapshotHandle, secrets: &Secrets) -> Result<Found, Status> {
+        let url = self.url(&handle.repository)?;
+        let text = format!("{url}#{}", handle.item);
+        let parsed: PetraUrl =
+            text.parse().map_err(|_| Status::not_found(format!("no snapshot {handle}")))?;
+        let Item::Snapshot { snapshot, volume } = parsed.item else {
+            return Err(Status::not_found(format!("{handle} names no snapshot")));
+        };
+        let url = parsed.repository;
+        let opened = self.open(&url, secrets).await?;
+        let record = match &snapshot {
+            SnapshotRef::Id(id) => {
+                snapshot::resolve(&opened.repository, *id, snapshot::MAX_ATTEMPTS).await
+            }
+            in_run => opened.repository.find(in_run).await,
+        };
+        let record = record.map_err(failure::of_engine)?;
+        Ok(Found { opened, url, record: Arc::new(record), volume })
+    }
+}
+
+impl Opened {
+    /// All snapshots, oldest first. What was read before is not read again.
+    pub async fn records(&self) -> Result<Vec<Arc<SnapshotRecord>>, Status> {
+        let ids = self.repository.ids(&Item::Repository).await.map_err(failure::of_engine)?;
+        let missing = {
+            let mut known = self.known();
+            let there: HashSet<_> = ids.iter().copied().collect();
+            known.retain(|id, _| there.contains(id));
+            ids.into_iter().filter(|id| !known.contains_key(id)).collect()
+        };
+        let listing = self.repository.records(missing).await.map_err(failure::of_engine)?;
+        for (id, error) in &listing.unreadable {
+            tracing::warn!(snapshot = %id, %error, "its record can't be read");
+        }
+        let mut known = self.known();
+        known.extend(listing.records.into_iter().map(|record| (record.id, Arc::new(record))));
+        Ok(known.values().cloned().collect())
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, BTreeMap<SnapshotId, Arc<SnapshotRecord>>> {
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Found {
+    /// The volume, and its number from 1. `NOT_FOUND` where the snapshot has none of this name, or several and none is
+    /// named.
+    pub fn volume(&self) -> Result<(&VolumeRecord, u32), Status> {
+        let record = &self.record;
+        let mut volumes = record.volumes.iter().zip(1..);
+        match &self.volume {
+            Some(name) => volumes.find(|(volume, _)| volume.name == *name).ok_or_else(|| {
+                Status::not_found(format!("snapshot {} has no volume {name}", record.id))
+            }),
+            None => match (volumes.next(), volumes.next()) {
+                (Some(only), None) => Ok(only),
+                _ => Err(Status::not_found(format!(
+                    "snapshot {} has several volumes, and the id names none",
+                    record.id
+                ))),
+            },
+        }
+    }
+}
+
+/// Tells secrets apart without keeping them.
+fn fingerprint(secrets: &Secrets) -> blake3::Hash {
+    let sorted: BTreeMap<_, _> = secrets.iter().collect();
+    let mut hasher = blake3::Hasher::new();
+    for (key, value) in sorted {
+        for text in [key, value] {
+            hasher.update(&(text.len() as u64).to_le_bytes());
+            hasher.update(text.as_bytes());
+        }
+    }
+    hasher.finalize()
+}

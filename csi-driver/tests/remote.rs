@@ -1,5 +1,7 @@
 //! Agents on other nodes: who is let in, who is found, and what happens when a node is away.
 
+mod authority;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -7,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use authority::{Authority, write};
 use petra_csi::agent::nodes::Nodes;
 use petra_csi::agent::remote::RemoteAgent;
 use petra_csi::agent::server::serve;
@@ -17,52 +20,10 @@ use petra_csi::agent::{
 };
 use petra_csi::telemetry::{Metrics, Observe, Readings};
 use petra_engine::SnapshotId;
-use rcgen::{
-    BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
-};
-use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
-
-/// An authority, and directories with certificates of it.
-struct Authority {
-    directory: TempDir,
-    issuer: Issuer<'static, KeyPair>,
-    pem: String,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec![]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let pem = params.self_signed(&key).unwrap().pem();
-        Self { directory: tempfile::tempdir().unwrap(), issuer: Issuer::new(params, key), pem }
-    }
-
-    /// Certificates for one side.
-    fn issue(&self, name: &str) -> PathBuf {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        let directory = self.directory.path().join(name);
-        write(&directory, &self.pem, &certificate.pem(), &key.serialize_pem());
-        directory
-    }
-}
-
-fn write(directory: &Path, ca: &str, certificate: &str, key: &str) {
-    std::fs::create_dir_all(directory).unwrap();
-    std::fs::write(directory.join("ca.pem"), ca).unwrap();
-    std::fs::write(directory.join("cert.pem"), certificate).unwrap();
-    std::fs::write(directory.join("key.pem"), key).unwrap();
-}
 
 /// A node of which nothing is real but its name.
 #[derive(Debug)]

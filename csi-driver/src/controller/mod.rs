@@ -1,1 +1,74 @@
-//! The services Controller, GroupController and SnapshotMetadata.
+//! The services Controller, GroupController and SnapshotMetadata. They keep nothing: a volume is what its node says, a
+//! snapshot what its repository says, or a node that is uploading it.
+//!
+//! ```text
+//! CreateVolume    -> choose a node -> agent: empty, from a snapshot, from a volume
+//! CreateSnapshot  -> agent: cut, upload begins -> not ready          asked again: is it uploading? is it in the repository?
+//! DeleteSnapshot  -> agent: give the upload up -> repository: delete
+//! GetMetadata*    -> repository: compare manifests
+//! ```
+
+mod metadata;
+mod paging;
+mod service;
+mod snapshots;
+mod volumes;
+
+use std::sync::Arc;
+
+use petra_engine::{Context, SnapshotId};
+use tonic::Status;
+
+use crate::agent::nodes::{Node, Nodes};
+use crate::locks::Locks;
+use crate::repositories::Repositories;
+
+pub use service::Services;
+
+/// The services.
+#[derive(Clone, Debug)]
+pub struct Controller {
+    nodes: Arc<Nodes>,
+    repositories: Repositories,
+    locks: Locks,
+    ctx: Context,
+}
+
+impl Controller {
+    /// A controller of these nodes.
+    pub fn new(nodes: Arc<Nodes>, repositories: Repositories, ctx: Context) -> Self {
+        Self { nodes, repositories, locks: Locks::default(), ctx }
+    }
+
+    /// The node that has a pool.
+    async fn node(&self, pool: SnapshotId) -> Result<Node, Status> {
+        let agent = self.nodes.by_pool(pool).await?;
+        let info = agent.info().await?;
+        Ok(Node { agent, info })
+    }
+
+    /// All nodes: `UNAVAILABLE` while one is away, whose part would be missing.
+    async fn everyone(&self) -> Result<Vec<Node>, Status> {
+        let everyone = self.nodes.all().await;
+        match everyone.away.first() {
+            Some(away) => Err(Status::unavailable(format!(
+                "node {} is away: {}",
+                away.node,
+                away.status.message()
+            ))),
+            None => Ok(everyone.there),
+        }
+    }
+}
+
+/// Refuses strings that are missing or too long.
+fn check(what: &str, text: &str) -> Result<(), Status> {
+    let invalid = |text: String| Err(Status::invalid_argument(text));
+    if text.is_empty() {
+        return invalid(format!("the {what} is missing"));
+    }
+    if text.len() > crate::MAX_STRING_BYTES {
+        return invalid(format!("the {what} is longer than {} bytes", crate::MAX_STRING_BYTES));
+    }
+    Ok(())
+}

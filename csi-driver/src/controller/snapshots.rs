@@ -1,0 +1,423 @@
+//! Snapshots of one volume or of a group: cut on a node, then in a repository.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use petra_engine::record::SnapshotRecord;
+use petra_engine::{Name, RepositoryUrl, SnapshotId};
+use tonic::{Code, Status};
+
+use super::volumes::{local, signed};
+use super::{Controller, check, paging};
+use crate::agent::nodes::Node;
+use crate::agent::{CSI_NAME, NodeAgent, Repository, SnapshotMember, TakeSnapshotRequest, Upload};
+use crate::failure;
+use crate::handle::SnapshotHandle;
+use crate::proto::csi;
+use crate::repositories::{Found, Opened, Secrets};
+use crate::template::{Parameters, Place};
+
+/// Metadata of a snapshot: `csi.volume.MEMBER` is the id of the volume that it was taken of.
+const CSI_VOLUME: &str = "csi.volume.";
+/// How groups are told from snapshots that have the same name in their call.
+const GROUP: &str = "group/";
+
+/// A snapshot to take, of one volume or several.
+pub(super) struct Wanted {
+    /// The name in the call, with `group/` before it for a group.
+    pub name: String,
+    /// The ids of the volumes.
+    pub volumes: Vec<String>,
+    pub parameters: HashMap<String, String>,
+    pub secrets: Secrets,
+}
+
+/// A snapshot that was cut, whether it is uploaded or not.
+#[derive(Clone, Debug)]
+pub(super) struct Cut {
+    /// The repository, as ids have it.
+    repository: String,
+    /// The id that was given out.
+    id: SnapshotId,
+    /// Names and sizes of the members, with the ids of the volumes that they were taken of.
+    members: Vec<(Name, u64, String)>,
+    csi_name: String,
+    ready: bool,
+}
+
+impl Cut {
+    fn of_upload(upload: &Upload, repository: &str) -> Result<Self, Status> {
+        let bad = |_| Status::internal(format!("upload {:?} can't be understood", upload.id));
+        let members = upload.members.iter().map(|member| {
+            let name = Name::new("volume", &member.name).map_err(|_| bad(""))?;
+            let of = remembered(&upload.metadata, &name);
+            Ok((name, member.size_bytes, of))
+        });
+        Ok(Self {
+            repository: repository.to_owned(),
+            id: upload.id.parse().map_err(bad)?,
+            members: members.collect::<Result<_, Status>>()?,
+            csi_name: upload.metadata.get(CSI_NAME).cloned().unwrap_or_default(),
+            ready: false,
+        })
+    }
+
+    fn of_record(record: &SnapshotRecord, repository: &str) -> Self {
+        let members = record.volumes.iter().map(|volume| {
+            (volume.name.clone(), volume.len_bytes, remembered(&record.metadata, &volume.name))
+        });
+        Self {
+            repository: repository.to_owned(),
+            id: petra_volume::snapshot::upload_of(record),
+            members: members.collect(),
+            csi_name: record.metadata.get(CSI_NAME).cloned().unwrap_or_default(),
+            ready: true,
+        }
+    }
+
+    fn is_group(&self) -> bool {
+        self.csi_name.starts_with(GROUP) || self.members.len() > 1
+    }
+
+    fn group_id(&self) -> String {
+        SnapshotHandle::group(&self.repository, self.id).to_string()
+    }
+
+    /// What a call is told of each member.
+    pub(super) fn snapshots(&self) -> Vec<csi::Snapshot> {
+        let snapshot = |(name, size_bytes, volume): &(Name, u64, String)| csi::Snapshot {
+            size_bytes: signed(*size_bytes),
+            snapshot_id: SnapshotHandle::member(&self.repository, self.id, name).to_string(),
+            source_volume_id: volume.clone(),
+            creation_time: Some(self.time()),
+            ready_to_use: self.ready,
+            group_snapshot_id: if self.is_group() { self.group_id() } else { String::new() },
+        };
+        self.members.iter().map(snapshot).collect()
+    }
+
+    pub(super) fn group(&self) -> csi::VolumeGroupSnapshot {
+        csi::VolumeGroupSnapshot {
+            group_snapshot_id: self.group_id(),
+            snapshots: self.snapshots(),
+            creation_time: Some(self.time()),
+            ready_to_use: self.ready,
+        }
+    }
+
+    fn time(&self) -> prost_types::Timestamp {
+        let ms = self.id.unix_ms();
+        prost_types::Timestamp {
+            seconds: signed(ms / 1000),
+            nanos: i32::try_from(ms % 1000).unwrap_or_default() * 1_000_000,
+        }
+    }
+}
+
+fn remembered<'a, M>(metadata: &'a M, member: &Name) -> String
+where
+    &'a M: IntoIterator<Item = (&'a String, &'a String)>,
+{
+    let of = |key: &str| key.strip_prefix(CSI_VOLUME) == Some(member.as_str());
+    let found = metadata.into_iter().find(|(key, _)| of(key));
+    found.map(|(_, volume)| volume.clone()).unwrap_or_default()
+}
+
+impl Controller {
+    /// Takes a snapshot, or finds the one that an earlier call of this name took.
+    pub(super) async fn take(&self, wanted: Wanted) -> Result<Cut, Status> {
+        let _operation = self.locks.begin([format!("snapshot {}", wanted.name)])?;
+        let (pool, _) = local(wanted.volumes.first().map_or("", String::as_str))?;
+        let agent = self.nodes.by_pool(pool).await?;
+        let (request, place) = self.take_request(&wanted, &agent, pool).await?;
+        let repository = request.repository.as_ref().map(|repository| repository.url.clone());
+        let repository = repository.unwrap_or_default();
+        let short = self.repositories.short(&repository).to_owned();
+        // First what is uploading, then what is uploaded: an upload is forgotten only when it is there.
+        for (uploading, upload) in self.uploads().await? {
+            if upload.metadata.get(CSI_NAME) == Some(&wanted.name) {
+                let short = self.repositories.short(&upload.repository).to_owned();
+                let cut = same(Cut::of_upload(&upload, &short)?, &wanted)?;
+                // Goes on with it if nobody does.
+                uploading.take_snapshot(request).await?;
+                return Ok(cut);
+            }
+        }
+        let url: RepositoryUrl = repository.parse().map_err(failure::of_engine)?;
+        let opened = self.repositories.open(&url, &wanted.secrets).await?;
+        for record in opened.records().await? {
+            if record.metadata.get(CSI_NAME) == Some(&wanted.name) {
+                return same(Cut::of_record(&record, &short), &wanted);
+            }
+        }
+        // What would be the ids must fit before anything is taken.
+        for member in &request.members {
+            let name = Name::new("volume", &member.name).map_err(failure::of_engine)?;
+            let id = SnapshotHandle::member(&short, pool, &name).to_string();
+            check("snapshot id (give the repository a name, or its volumes shorter ones)", &id)?;
+        }
+        tracing::info!(experiment = %place.experiment, run = %place.run, name = %place.snapshot, "a snapshot is taken");
+        Cut::of_upload(&agent.take_snapshot(request).await?, &short)
+    }
+
+    /// What a node is asked for: all volumes are on it.
+    async fn take_request(
+        &self,
+        wanted: &Wanted,
+        agent: &Arc<dyn NodeAgent>,
+        pool: SnapshotId,
+    ) -> Result<(TakeSnapshotRequest, Place), Status> {
+        let class = Parameters::read(&wanted.parameters, false)?;
+        let mut metadata = HashMap::from([(CSI_NAME.to_owned(), wanted.name.clone())]);
+        let mut members = vec![];
+        let mut place = None;
+        for id in &wanted.volumes {
+            let (on, name) = local(id)?;
+            if on != pool {
+                return Err(Status::failed_precondition(
+                    "the volumes are on several nodes, which have no point in time in common",
+                ));
+            }
+            let volume = agent.volume(name.as_str()).await?;
+            let parameters = class.clone().over(&Parameters::of_metadata(&volume.metadata));
+            let mut member = parameters.member(name.as_str())?;
+            if metadata.contains_key(&format!("{CSI_VOLUME}{member}")) {
+                // Claims of two namespaces may have one name.
+                member = crate::handle::member_name(name.as_str());
+            }
+            metadata.insert(format!("{CSI_VOLUME}{member}"), id.clone());
+            members.push(SnapshotMember { volume: name.to_string(), name: member.to_string() });
+            if place.is_none() {
+                let name = wanted.name.strip_prefix(GROUP).unwrap_or(&wanted.name);
+                place = Some(parameters.place(name, volume.name.as_str())?);
+            }
+        }
+        let place = place.ok_or_else(|| Status::invalid_argument("there are no volumes"))?;
+        let repository = match &place.repository {
+            Some(repository) => repository,
+            None => self.repositories.default_name()?,
+        };
+        let mut url = self.repositories.url(repository)?;
+        if url.is_template() {
+            url = url.for_experiment(&place.experiment).map_err(failure::of_engine)?;
+        }
+        let request = TakeSnapshotRequest {
+            repository: Some(Repository { url: url.to_string(), secrets: wanted.secrets.clone() }),
+            experiment: place.experiment.to_string(),
+            run: place.run.to_string(),
+            name: place.snapshot.to_string(),
+            labels: place.labels.clone().into_iter().collect(),
+            metadata,
+            members,
+        };
+        Ok((request, place))
+    }
+
+    /// Uploads of all nodes that can be reached.
+    async fn uploads(&self) -> Result<Vec<(Arc<dyn NodeAgent>, Upload)>, Status> {
+        let mut all = vec![];
+        for Node { agent, .. } in self.nodes.all().await.there {
+            let uploads = agent.uploads().await?;
+            all.extend(uploads.into_iter().map(|upload| (agent.clone(), upload)));
+        }
+        Ok(all)
+    }
+
+    /// Follows the id of a snapshot or group: `NOT_FOUND`.
+    pub(super) async fn cut(&self, id: &str, secrets: &Secrets) -> Result<Cut, Status> {
+        let handle: SnapshotHandle =
+            id.parse().map_err(|_| Status::not_found(format!("no snapshot {id}")))?;
+        if let Some(id) = handle.id() {
+            let id = id.to_string();
+            for (_, upload) in self.uploads().await? {
+                if upload.id == id {
+                    return Cut::of_upload(&upload, &handle.repository);
+                }
+            }
+        }
+        let Found { record, volume, .. } = match self.repositories.find(&handle, secrets).await {
+            // It may be uploading on a node that is away.
+            Err(status) if status.code() == Code::NotFound && handle.id().is_some() => {
+                self.everyone().await?;
+                return Err(status);
+            }
+            found => found?,
+        };
+        let mut cut = Cut::of_record(&record, &handle.repository);
+        if volume.is_some() && !cut.is_group() {
+            cut.members.retain(|(name, ..)| Some(name) == volume.as_ref());
+        }
+        Ok(cut)
+    }
+
+    /// The snapshot that an id names, as it is listed.
+    pub(super) async fn snapshot(
+        &self,
+        id: &str,
+        secrets: &Secrets,
+    ) -> Result<csi::Snapshot, Status> {
+        let cut = self.cut(id, secrets).await?;
+        let snapshots = cut.snapshots();
+        let only = if snapshots.len() == 1 { snapshots.first().cloned() } else { None };
+        snapshots
+            .into_iter()
+            .find(|snapshot| snapshot.snapshot_id == id)
+            // A URL of another form, which someone wrote down himself.
+            .or(only.map(|only| csi::Snapshot { snapshot_id: id.to_owned(), ..only }))
+            .ok_or_else(|| Status::not_found(format!("no snapshot {id}")))
+    }
+
+    /// Deletes a snapshot, or a group with all its members.
+    pub(super) async fn delete_snapshot(
+        &self,
+        id: &str,
+        secrets: &Secrets,
+        is_group: bool,
+    ) -> Result<(), Status> {
+        check("snapshot id", id)?;
+        // What is not there is deleted.
+        let gone = |status: Status| match status.code() {
+            Code::NotFound => Ok(()),
+            _ => Err(status),
+        };
+        let Ok(handle) = id.parse::<SnapshotHandle>() else { return Ok(()) };
+        let key = handle.id().map_or_else(|| id.to_owned(), |id| id.to_string());
+        let _operation = self.locks.begin([format!("snapshot {key}")])?;
+        let cut = match self.cut(id, secrets).await {
+            Ok(cut) => cut,
+            Err(status) => return gone(status),
+        };
+        if cut.is_group() && !is_group {
+            return Err(Status::invalid_argument(format!(
+                "{id} belongs to the group {}, which is deleted as a whole",
+                cut.group_id()
+            )));
+        }
+        if !cut.ready {
+            for (agent, upload) in self.uploads().await? {
+                if upload.id == key {
+                    agent.discard_upload(&key).await?;
+                }
+            }
+        }
+        // It may have been committed at the last moment.
+        match self.repositories.find(&handle, secrets).await {
+            Ok(Found { opened, record, .. }) => {
+                let deleted = opened.repository.delete(record.id, &self.ctx).await;
+                deleted.map_err(failure::of_engine).or_else(gone)
+            }
+            Err(status) => gone(status),
+        }
+    }
+
+    pub(super) async fn list_snapshots(
+        &self,
+        request: csi::ListSnapshotsRequest,
+    ) -> Result<csi::ListSnapshotsResponse, Status> {
+        let mut all = BTreeMap::new();
+        if !request.snapshot_id.is_empty() {
+            match self.snapshot(&request.snapshot_id, &request.secrets).await {
+                Ok(snapshot) => {
+                    all.insert(snapshot.snapshot_id.clone(), snapshot);
+                }
+                Err(status) if status.code() == Code::NotFound => {}
+                Err(status) => return Err(status),
+            }
+        } else {
+            let mut cuts = vec![];
+            for name in self.repositories.names() {
+                let url = self.repositories.url(name)?;
+                if url.is_template() {
+                    continue;
+                }
+                let opened: Arc<Opened> = self.repositories.open(&url, &request.secrets).await?;
+                let records = opened.records().await?;
+                let ours = records.iter().filter(|r| r.metadata.contains_key(CSI_NAME));
+                cuts.extend(ours.map(|record| Cut::of_record(record, name)));
+            }
+            for (_, upload) in self.uploads().await? {
+                if upload.metadata.contains_key(CSI_NAME) {
+                    cuts.push(Cut::of_upload(&upload, self.repositories.short(&upload.repository))?);
+                }
+            }
+            // One that is both was committed between the two questions.
+            for snapshot in cuts.iter().flat_map(Cut::snapshots) {
+                all.entry(snapshot.snapshot_id.clone()).or_insert(snapshot);
+            }
+        }
+        let of = &request.source_volume_id;
+        all.retain(|_, snapshot| of.is_empty() || snapshot.source_volume_id == *of);
+        let is_id = |token: &str| token.parse::<SnapshotHandle>().is_ok();
+        let (snapshots, next_token) = paging::page(
+            all.into_iter().collect(),
+            request.max_entries,
+            &request.starting_token,
+            is_id,
+        )?;
+        let entries = snapshots
+            .into_iter()
+            .map(|snapshot| csi::list_snapshots_response::Entry { snapshot: Some(snapshot) })
+            .collect();
+        Ok(csi::ListSnapshotsResponse { entries, next_token })
+    }
+
+    pub(super) async fn take_one(
+        &self,
+        request: csi::CreateSnapshotRequest,
+    ) -> Result<csi::Snapshot, Status> {
+        check("name", &request.name)?;
+        check("source volume id", &request.source_volume_id)?;
+        let csi::CreateSnapshotRequest { source_volume_id, name, secrets, parameters } = request;
+        let wanted = Wanted { name, volumes: vec![source_volume_id], parameters, secrets };
+        let snapshots = self.take(wanted).await?.snapshots();
+        snapshots.into_iter().next().ok_or_else(|| Status::internal("a snapshot without volumes"))
+    }
+
+    pub(super) async fn take_group(
+        &self,
+        request: csi::CreateVolumeGroupSnapshotRequest,
+    ) -> Result<csi::VolumeGroupSnapshot, Status> {
+        check("name", &request.name)?;
+        let csi::CreateVolumeGroupSnapshotRequest { name, source_volume_ids, secrets, parameters } =
+            request;
+        if source_volume_ids.is_empty() {
+            return Err(Status::invalid_argument("there are no source volume ids"));
+        }
+        for id in &source_volume_ids {
+            check("source volume id", id)?;
+        }
+        let mut volumes = source_volume_ids;
+        volumes.sort_unstable();
+        volumes.dedup();
+        let name = format!("{GROUP}{name}");
+        Ok(self.take(Wanted { name, volumes, parameters, secrets }).await?.group())
+    }
+
+    /// A group that an id names. The members must be those that the caller knows, if he names them.
+    pub(super) async fn group(
+        &self,
+        id: &str,
+        members: &[String],
+        secrets: &Secrets,
+    ) -> Result<csi::VolumeGroupSnapshot, Status> {
+        check("group snapshot id", id)?;
+        let group = self.cut(id, secrets).await?.group();
+        let known: Vec<_> = group.snapshots.iter().map(|member| &member.snapshot_id).collect();
+        if members.iter().any(|member| !known.contains(&member)) {
+            return Err(Status::invalid_argument(format!("{id} has other members")));
+        }
+        Ok(group)
+    }
+}
+
+/// The snapshot that was found, if it is of the same volumes as the one that is wanted.
+fn same(cut: Cut, wanted: &Wanted) -> Result<Cut, Status> {
+    let mut volumes: Vec<_> = cut.members.iter().map(|(_, _, volume)| volume).collect();
+    volumes.sort_unstable();
+    if volumes.into_iter().eq(&wanted.volumes) {
+        Ok(cut)
+    } else {
+        let name = wanted.name.strip_prefix(GROUP).unwrap_or(&wanted.name);
+        Err(Status::already_exists(format!("there is a snapshot {name} of other volumes")))
+    }
+}

@@ -1,0 +1,376 @@
+//! What users of a cluster do: claims, snapshots, clones on this and another node, groups, changed blocks.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic"
+)]
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::*;
+use petra_csi::proto::csi::volume_capability::access_mode::Mode;
+use petra_csi::proto::csi::*;
+use petra_tests::volume::noise;
+use tonic::Code;
+
+fn write_files(directory: &Path, seed: u64, count: u64) {
+    for n in 0..count {
+        fs::write(directory.join(format!("{seed}-{n}")), noise(seed * 1000 + n, 300_000)).unwrap();
+    }
+    File::open(directory).unwrap().sync_all().unwrap();
+}
+
+fn has_files(directory: &Path, seed: u64, count: u64) -> bool {
+    (0..count).all(|n| {
+        let bytes = fs::read(directory.join(format!("{seed}-{n}")));
+        bytes.is_ok_and(|bytes| bytes == noise(seed * 1000 + n, 300_000))
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_claim_is_written_snapshotted_and_cloned() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.pool("pool", "xfs");
+    let client = machine.start_all().await;
+    let claim = [("csi.storage.k8s.io/pvc/name", "data"), ("csi.storage.k8s.io/pvc/namespace", "team")];
+    let mut request = wanted("pvc-1", 512 * MIB, &writer());
+    request.parameters = claim.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+    let volume = client.create(request).await.unwrap();
+    let at = client.publish(&machine, &volume.volume_id, &writer(), "a").await.unwrap();
+    write_files(&at, 1, 20);
+
+    // The snapshot is a thing of its own: it is found by its URL, too.
+    let snapshot = client.ready_snapshot(&volume.volume_id, "snapshot-1").await;
+    assert_eq!(snapshot.source_volume_id, volume.volume_id);
+    let listed = machine.petra(&["ls", &format!("{}#team/data", machine.repository())]);
+    assert!(listed.contains("snapshot-1"), "{listed}");
+    write_files(&at, 2, 5);
+
+    // Clones: of the snapshot, larger; of the volume as it is now; of the snapshot by its URL.
+    let larger = from_snapshot(wanted("pvc-2", 700 * MIB, &writer()), &snapshot.snapshot_id);
+    let larger = client.create(larger).await.unwrap();
+    assert_eq!(larger.capacity_bytes, 700 * MIB);
+    let live = from_volume(wanted("pvc-3", 0, &writer()), &volume.volume_id);
+    let live = client.create(live).await.unwrap();
+    let mut by_url = wanted("pvc-4", 0, &writer());
+    let url = format!("{}#team/data/snapshot-1/data", machine.repository());
+    by_url.parameters = HashMap::from([("from".to_owned(), url.clone())]);
+    let by_url = client.create(by_url).await.unwrap();
+    for (clone, has_later) in [(&larger, false), (&live, true), (&by_url, false)] {
+        let name = clone.volume_id.rsplit('/').next().unwrap().to_owned();
+        let at = client.publish(&machine, &clone.volume_id, &writer(), &name).await.unwrap();
+        assert!(has_files(&at, 1, 20), "{name}");
+        assert_eq!(has_files(&at, 2, 5), has_later, "{name}");
+        let stats = client.node.clone().node_get_volume_stats(NodeGetVolumeStatsRequest {
+            volume_id: clone.volume_id.clone(),
+            volume_path: text(&at),
+            ..Default::default()
+        });
+        let usage = stats.await.unwrap().into_inner().usage;
+        let total = usage.iter().find(|usage| usage.unit() == volume_usage::Unit::Bytes).unwrap().total;
+        let least = if name == "pvc-2" { 600 } else { 440 };
+        assert!(total > least * MIB, "{name} has {total} bytes");
+    }
+
+    // A snapshot handle that someone wrote by hand works, too.
+    let by_hand = from_snapshot(wanted("pvc-5", 0, &writer()), &url);
+    let by_hand = client.create(by_hand).await.unwrap();
+
+    // What is deleted is gone, and what is in use is not.
+    let refused = client.delete(&larger.volume_id).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    for name in ["pvc-2", "pvc-3", "pvc-4"] {
+        let id = format!("{}/{name}", volume.volume_id.split('/').next().unwrap());
+        client.unpublish(&machine, &id, name).await.unwrap();
+        client.delete(&id).await.unwrap();
+    }
+    client.delete(&by_hand.volume_id).await.unwrap();
+    client.unpublish(&machine, &volume.volume_id, "a").await.unwrap();
+    client.delete(&volume.volume_id).await.unwrap();
+    client.delete_snapshot(&snapshot.snapshot_id).await.unwrap();
+    client.delete_snapshot(&snapshot.snapshot_id).await.unwrap();
+    let again = from_snapshot(wanted("pvc-6", 0, &writer()), &snapshot.snapshot_id);
+    assert_eq!(client.create(again).await.unwrap_err().code(), Code::NotFound);
+    machine.assert_nothing_left().await;
+    wait_until("no pin is left", || machine.pins() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_is_one_point_in_time() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.pool("pool", "btrfs");
+    let client = machine.start_all().await;
+    let mut ids = vec![];
+    let mut files = vec![];
+    for name in ["pvc-a", "pvc-b", "pvc-c"] {
+        let volume = client.create(wanted(name, 256 * MIB, &writer())).await.unwrap();
+        let at = client.publish(&machine, &volume.volume_id, &writer(), name).await.unwrap();
+        let file = File::options().create(true).truncate(false).write(true).open(at.join("stamp"));
+        files.push(file.unwrap());
+        ids.push(volume.volume_id);
+    }
+    let stop = AtomicBool::new(false);
+    let group = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            // Each stamp is durable before the next volume gets it: in a group, stamps differ by one at most, and never
+            // grow along the volumes.
+            let mut stamp: u64 = 0;
+            while !stop.load(Ordering::Relaxed) {
+                stamp += 1;
+                for file in &files {
+                    file.write_all_at(&stamp.to_le_bytes(), 0).unwrap();
+                    file.sync_data().unwrap();
+                }
+            }
+            stamp
+        });
+        let group = tokio::task::block_in_place(|| {
+            tokio::runtime::Handle::current().block_on(async {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                let mut last = None;
+                for n in 0..5 {
+                    let request = CreateVolumeGroupSnapshotRequest {
+                        name: format!("group-{n}"),
+                        source_volume_ids: ids.clone(),
+                        ..Default::default()
+                    };
+                    let taken = client.groups.clone().create_volume_group_snapshot(request).await;
+                    last = taken.unwrap().into_inner().group_snapshot;
+                }
+                last.unwrap()
+            })
+        });
+        stop.store(true, Ordering::Relaxed);
+        assert!(writer.join().unwrap() > 3);
+        group
+    });
+    assert_eq!(group.snapshots.len(), 3);
+    // All five, each with its members in the order of the volumes.
+    for n in 0..5 {
+        let request = CreateVolumeGroupSnapshotRequest {
+            name: format!("group-{n}"),
+            source_volume_ids: ids.clone(),
+            ..Default::default()
+        };
+        let group = loop {
+            let again = client.groups.clone().create_volume_group_snapshot(request.clone()).await;
+            let group = again.unwrap().into_inner().group_snapshot.unwrap();
+            if group.ready_to_use {
+                break group;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        };
+        let mut stamps = vec![];
+        for id in &ids {
+            let member = group.snapshots.iter().find(|s| s.source_volume_id == *id).unwrap();
+            assert_eq!(member.group_snapshot_id, group.group_snapshot_id);
+            let name = format!("clone-{n}-{}", stamps.len());
+            let clone = from_snapshot(wanted(&name, 0, &writer()), &member.snapshot_id);
+            let clone = client.create(clone).await.unwrap();
+            let at = client.publish(&machine, &clone.volume_id, &writer(), &name).await.unwrap();
+            let bytes = fs::read(at.join("stamp")).unwrap();
+            stamps.push(u64::from_le_bytes(bytes[..8].try_into().unwrap()));
+            client.unpublish(&machine, &clone.volume_id, &name).await.unwrap();
+            client.delete(&clone.volume_id).await.unwrap();
+            // A member goes with its group only.
+            let refused = client.delete_snapshot(&member.snapshot_id).await.unwrap_err();
+            assert_eq!(refused.code(), Code::InvalidArgument);
+        }
+        assert!(stamps.windows(2).all(|pair| pair[0] >= pair[1]), "{stamps:?}");
+        assert!(stamps[0] - stamps[2] <= 1, "{stamps:?}");
+        let get = GetVolumeGroupSnapshotRequest {
+            group_snapshot_id: group.group_snapshot_id.clone(),
+            ..Default::default()
+        };
+        client.groups.clone().get_volume_group_snapshot(get.clone()).await.unwrap();
+        let delete = DeleteVolumeGroupSnapshotRequest {
+            group_snapshot_id: group.group_snapshot_id,
+            ..Default::default()
+        };
+        client.groups.clone().delete_volume_group_snapshot(delete.clone()).await.unwrap();
+        client.groups.clone().delete_volume_group_snapshot(delete).await.unwrap();
+        let gone = client.groups.clone().get_volume_group_snapshot(get).await.unwrap_err();
+        assert_eq!(gone.code(), Code::NotFound);
+    }
+}
+
+/// The blocks that a stream tells of, each message of which has at most so many.
+async fn blocks<T>(
+    mut stream: tonic::Streaming<T>,
+    of: impl Fn(T) -> (i64, Vec<BlockMetadata>),
+    max: usize,
+) -> (i64, Vec<BlockMetadata>) {
+    let (mut size, mut all) = (0, vec![]);
+    while let Some(message) = stream.message().await.unwrap() {
+        let (bytes, some) = of(message);
+        assert!(some.len() <= max);
+        (size, all) = (bytes, [all, some].concat());
+    }
+    (size, all)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_is_rebuilt_from_changed_blocks() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.pool("pool", "xfs");
+    let client = machine.start_all().await;
+    let volume = client.create(wanted("raw", 200 * MIB, &block())).await.unwrap();
+    let at = client.publish(&machine, &volume.volume_id, &block(), "raw").await.unwrap();
+    let device = File::options().write(true).open(&at).unwrap();
+    let write = |offset: i64, seed: u64, len: usize| {
+        device.write_all_at(&noise(seed, len), offset as u64).unwrap();
+    };
+    let mut snapshots = vec![];
+    let rounds: [&[(i64, usize)]; 3] = [
+        &[(0, 3_000_000), (70 * MIB, 9_000_000), (199 * MIB, 1 << 20)],
+        &[(1_000_000, 4096), (71 * MIB + 512, 1_500_000)],
+        &[(0, 512), (120 * MIB, 5_000_000)],
+    ];
+    for (n, writes) in rounds.iter().enumerate() {
+        for (m, (offset, len)) in writes.iter().enumerate() {
+            write(*offset, (n * 10 + m) as u64, *len);
+        }
+        device.sync_all().unwrap();
+        snapshots.push(client.ready_snapshot(&volume.volume_id, &format!("s{n}")).await.snapshot_id);
+    }
+    // The images themselves, to copy blocks from.
+    let images: Vec<_> = (0..3)
+        .map(|n| {
+            let image = machine.path(&format!("s{n}.img"));
+            machine.petra(&["restore", &format!("{}#default/raw/s{n}", machine.repository()), image.to_str().unwrap()]);
+            File::open(image).unwrap()
+        })
+        .collect();
+    let rebuilt = File::options().create(true).truncate(true).read(true).write(true);
+    let rebuilt = rebuilt.open(machine.path("rebuilt")).unwrap();
+    let copy = |from: &File, blocks: &[BlockMetadata]| {
+        for block in blocks {
+            let mut bytes = vec![0; block.size_bytes as usize];
+            from.read_exact_at(&mut bytes, block.byte_offset as u64).unwrap();
+            rebuilt.write_all_at(&bytes, block.byte_offset as u64).unwrap();
+        }
+    };
+    let allocated = |from: i64| {
+        let request = GetMetadataAllocatedRequest {
+            snapshot_id: snapshots[0].clone(),
+            starting_offset: from,
+            max_results: 3,
+            ..Default::default()
+        };
+        let mut client = client.metadata.clone();
+        async move {
+            let stream = client.get_metadata_allocated(request).await.unwrap().into_inner();
+            blocks(stream, |m| (m.volume_capacity_bytes, m.block_metadata), 3).await
+        }
+    };
+    let (size, first) = allocated(0).await;
+    assert_eq!(size, 200 * MIB);
+    rebuilt.set_len(size as u64).unwrap();
+    copy(&images[0], &first);
+    // From any offset on there are the same blocks.
+    for from in [1, 70 * MIB, 75 * MIB + 1, 200 * MIB] {
+        let (_, rest) = allocated(from).await;
+        let expected: Vec<_> = first
+            .iter()
+            .filter(|block| block.byte_offset + block.size_bytes > from)
+            .map(|block| {
+                let start = block.byte_offset.max(from);
+                (start, block.byte_offset + block.size_bytes - start)
+            })
+            .collect();
+        let rest: Vec<_> = rest.iter().map(|block| (block.byte_offset, block.size_bytes)).collect();
+        assert_eq!(rest, expected);
+    }
+    for n in 1..3 {
+        let request = GetMetadataDeltaRequest {
+            base_snapshot_id: snapshots[n - 1].clone(),
+            target_snapshot_id: snapshots[n].clone(),
+            ..Default::default()
+        };
+        let stream = client.metadata.clone().get_metadata_delta(request).await.unwrap().into_inner();
+        let (_, delta) = blocks(stream, |m| (m.volume_capacity_bytes, m.block_metadata), 256).await;
+        let changed: i64 = delta.iter().map(|block| block.size_bytes).sum();
+        assert!(changed > 0 && changed < 20 * MIB, "{changed} bytes changed");
+        copy(&images[n], &delta);
+        assert_eq!(petra_tests::pool::hash(&machine.path("rebuilt")), petra_tests::pool::hash(&machine.path(&format!("s{n}.img"))));
+    }
+    let beyond = GetMetadataAllocatedRequest {
+        snapshot_id: snapshots[0].clone(),
+        starting_offset: 200 * MIB + 1,
+        ..Default::default()
+    };
+    let refused = client.metadata.clone().get_metadata_allocated(beyond).await.unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_driver_that_is_killed_leaves_lazy_clones_alone() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.pool("pool", "btrfs");
+    let client = machine.start_all().await;
+    let volume = client.create(wanted("origin", 512 * MIB, &writer())).await.unwrap();
+    let at = client.publish(&machine, &volume.volume_id, &writer(), "o").await.unwrap();
+    write_files(&at, 1, 100);
+    let snapshot = client.ready_snapshot(&volume.volume_id, "s").await;
+    client.unpublish(&machine, &volume.volume_id, "o").await.unwrap();
+    // Without its origin, a clone is lazy.
+    client.delete(&volume.volume_id).await.unwrap();
+    let clone = from_snapshot(wanted("clone", 0, &writer()), &snapshot.snapshot_id);
+    let clone = client.create(clone).await.unwrap();
+    let at = client.publish(&machine, &clone.volume_id, &writer(), "c").await.unwrap();
+    machine.end_driver("-KILL");
+    let reading = std::thread::spawn({
+        let at = at.clone();
+        move || has_files(&at, 1, 100)
+    });
+    write_files(&at, 2, 5);
+    let client = machine.start_all().await;
+    // The same calls again change nothing.
+    client.publish(&machine, &clone.volume_id, &writer(), "c").await.unwrap();
+    assert!(reading.join().unwrap());
+    assert!(has_files(&at, 2, 5));
+    client.unpublish(&machine, &clone.volume_id, "c").await.unwrap();
+    client.delete(&clone.volume_id).await.unwrap();
+    machine.assert_nothing_left().await;
+    wait_until("no pin is left", || machine.pins() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_nodes_read_one_snapshot() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.pool("pool", "xfs");
+    let client = machine.start_all().await;
+    let volume = client.create(wanted("origin", 300 * MIB, &writer())).await.unwrap();
+    let at = client.publish(&machine, &volume.volume_id, &writer(), "o").await.unwrap();
+    write_files(&at, 1, 10);
+    let snapshot = client.ready_snapshot(&volume.volume_id, "s").await;
+    let readers = mounted("", Mode::MultiNodeReaderOnly);
+    let request = from_snapshot(wanted("shared", 0, &readers), &snapshot.snapshot_id);
+    let shared = client.create(request.clone()).await.unwrap();
+    assert_eq!(client.create(request).await.unwrap().volume_id, shared.volume_id);
+    assert!(shared.accessible_topology.is_empty());
+    let at = client.publish(&machine, &shared.volume_id, &readers, "r").await.unwrap();
+    assert!(has_files(&at, 1, 10));
+    assert!(fs::write(at.join("x"), "x").is_err());
+    // The snapshot goes, the readers stay.
+    client.delete_snapshot(&snapshot.snapshot_id).await.unwrap();
+    machine.petra(&["gc", &machine.repository(), "--grace", "0"]);
+    client.unpublish(&machine, &shared.volume_id, "r").await.unwrap();
+    let at = client.publish(&machine, &shared.volume_id, &readers, "r").await.unwrap();
+    assert!(has_files(&at, 1, 10));
+    client.unpublish(&machine, &shared.volume_id, "r").await.unwrap();
+    client.delete(&shared.volume_id).await.unwrap();
+    client.unpublish(&machine, &volume.volume_id, "o").await.unwrap();
+    client.delete(&volume.volume_id).await.unwrap();
+    machine.assert_nothing_left().await;
+    wait_until("no pin is left", || machine.pins() == 0).await;
+}
