@@ -403,7 +403,8 @@ impl Repository {
         Ok(Some(decision))
     }
 
-    pub(crate) async fn committed(&self, session: SnapshotId) -> Result<Option<SnapshotRecord>> {
+    /// The record that a session has committed, also of a snapshot that was deleted since: for who holds it by a pin.
+    pub async fn committed(&self, session: SnapshotId) -> Result<Option<SnapshotRecord>> {
         Ok(match self.decision(session).await? {
             Some(Decision::Commit { snapshot, .. }) => Some(*snapshot),
             Some(Decision::Abort { .. } | Decision::Compaction { .. }) | None => None,

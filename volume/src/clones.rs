@@ -200,6 +200,25 @@ pub fn delete(volume: LockedVolume, copies_matter: bool) -> Result<()> {
     deleted.map(|_| ())
 }
 
+impl LockedVolume {
+    /// Makes a clone whose data is all here, and that nobody uses, a volume like any other. Says whether it is one now.
+    pub fn become_plain(&mut self) -> Result<bool> {
+        let Some(lazy) = &self.state().lazy else { return Ok(true) };
+        if !lazy.hydrated || self.volume().attachment()?.is_some() {
+            return Ok(false);
+        }
+        self.end_server()?;
+        self.change(|state| state.lazy = None)?;
+        let presence = self.volume().presence();
+        match std::fs::remove_file(&presence) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("delete", presence)(error))
+            }
+            _ => Ok(true),
+        }
+    }
+}
+
 /// What a volume's beginning says about the file system on it.
 pub fn detect(beginning: &[u8]) -> Filesystem {
     let holds = |at: usize, magic: &[u8]| beginning.get(at..at + magic.len()) == Some(magic);

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,6 +18,7 @@ use tokio::sync::oneshot;
 use crate::error::{Error, Result};
 use crate::lazy::server::{Inheritance, ServerOptions};
 use crate::pool::Pool;
+use crate::volume::served::SOCKET;
 
 /// What an image server and an agent write on their standard output when they are ready.
 pub const READY: &[u8] = b"ready\n";
@@ -81,6 +83,20 @@ impl Programs {
         ];
         let log = pool.run_directory()?.join("agent.log");
         self.start(args.to_vec(), Stdio::null(), &log)
+    }
+
+    /// Starts the agent of a pool, unless it has one.
+    pub fn ensure_agent(&self, pool: &Pool) -> Result<()> {
+        let socket = pool.run_directory()?.join(SOCKET);
+        let is_there = || UnixStream::connect(&socket).is_ok();
+        if is_there() {
+            return Ok(());
+        }
+        match self.start_agent(pool) {
+            // Another one was faster.
+            Err(Error::Tool { .. }) if is_there() => Ok(()),
+            started => started,
+        }
     }
 
     /// The command that uploads what waits in a pool, and ends.

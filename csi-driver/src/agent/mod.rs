@@ -14,6 +14,8 @@ pub mod remote;
 pub mod server;
 pub mod tls;
 
+pub mod local;
+
 use std::fmt;
 
 use async_trait::async_trait;
@@ -26,6 +28,12 @@ pub use crate::proto::agent::{
 
 /// Metadata of volumes and snapshots: the name in the CSI call that made it.
 pub const CSI_NAME: &str = "csi.name";
+/// Metadata of volumes: the size that was asked for, in bytes.
+pub const ASKED_SIZE: &str = "csi.size";
+/// Metadata of volumes: the file system that was asked for.
+pub const ASKED_FILESYSTEM: &str = "csi.filesystem";
+/// Metadata of volumes: the snapshot or volume that it was made from; empty for an empty one.
+pub const ASKED_SOURCE: &str = "csi.source";
 
 /// The longest request on the wire. Maps in CSI calls have 4 KiB at most.
 const MAX_REQUEST_BYTES: usize = 1 << 20;
