@@ -1,4 +1,4 @@
-//! Compiles the wire interfaces, without protoc.
+//! Compiles the wire interfaces, without protoc, and keeps their description for logs (`telemetry::describe`).
 
 use protox::prost::Message;
 

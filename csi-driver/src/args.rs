@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use petra_engine::RepositoryUrl;
@@ -49,9 +48,6 @@ pub struct Args {
     /// What to log: off, error, warn, info, debug, trace, or directives such as petra_csi=debug
     #[arg(long, value_name = "FILTER", default_value = "info", env = "PETRA_LOG")]
     pub log: String,
-    /// How many seconds a read of a lazy clone waits for a repository that is away
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    pub patience: u64,
 }
 
 /// The services of one process.
@@ -63,13 +59,6 @@ pub enum Role {
     Controller,
     /// What happens on every node.
     Node,
-}
-
-impl Args {
-    /// How long a read of a lazy clone waits.
-    pub fn patience(&self) -> Duration {
-        Duration::from_secs(self.patience)
-    }
 }
 
 fn named(text: &str) -> Result<(String, RepositoryUrl), String> {

@@ -2,15 +2,13 @@
 
 use std::future::Future;
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use petra_engine::Context;
 use petra_engine::context::SystemHost;
-use petra_volume::volume::Serving;
-use petra_volume::{Pool, Programs};
+use petra_volume::Pool;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -19,7 +17,7 @@ use tonic::service::Routes;
 use crate::agent::local::LocalAgent;
 use crate::agent::nodes::Nodes;
 use crate::agent::tls::Tls;
-use crate::agent::{NodeAgent, server};
+use crate::agent::{NodeAgent, Repository, server};
 use crate::args::{Args, Role};
 use crate::controller::{Controller, Services};
 use crate::identity::{Identity, Readiness};
@@ -30,9 +28,10 @@ use crate::proto::csi::group_controller_server::GroupControllerServer;
 use crate::proto::csi::identity_server::IdentityServer;
 use crate::proto::csi::node_server::NodeServer;
 use crate::proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
-use crate::repositories::Repositories;
+use crate::repositories::{Repositories, Secrets};
 use crate::socket;
-use crate::telemetry::{Metrics, Observe, OfPool, Readings, Source, logs, web};
+use crate::telemetry::pools::OfPool;
+use crate::telemetry::{Metrics, Observe, Readings, Source, logs, web};
 
 /// What ends a process before its time, with its cause.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -161,26 +160,20 @@ impl Here {
             Some(petra) => std::path::absolute(petra)?,
             None => std::env::current_exe()?.with_file_name("petra"),
         };
-        let (local, serving) = open_agent(args, name.clone(), petra).await?;
-        let pool = local.pool().clone();
+        let at = args.pool.clone();
+        let opened = tokio::task::spawn_blocking(move || Pool::open(&at, Arc::new(SystemHost)));
+        let pool = opened.await??;
+        let local = LocalAgent::new(pool.clone(), name.clone(), &petra)?;
+        local.start().await?;
         let clones =
             Arc::new(Clones { agent: local.clone(), repositories: repositories.clone() });
+        let serving = local.serving().clone();
         let node = Node::new(pool.clone(), serving, name.clone(), Locks::default(), clones);
         Ok(Self { name, pool, agent: Arc::new(local), node })
     }
 }
 
-/// Opens the pool of this node.
-async fn open_agent(
-    args: &Args,
-    name: String,
-    petra: PathBuf,
-) -> Result<(LocalAgent, Serving), Failure> {
-    let _ = (args, name, petra, Programs::new, SystemHost);
-    Err("not yet".into())
-}
-
-/// Makes the clones of volumes that many nodes read.
+/// What the node service needs of repositories, which it knows by names.
 #[derive(Debug)]
 struct Clones {
     agent: LocalAgent,
@@ -190,9 +183,16 @@ struct Clones {
 #[async_trait]
 impl ReadOnlyClones for Clones {
     async fn clone_read_only(&self, clone: ReadOnlyClone) -> Result<(), Status> {
-        let url = self.repositories.url(&clone.repository)?;
-        let _ = (url, &self.agent);
-        Err(Status::unimplemented("not yet"))
+        let url = self.repositories.url(&clone.repository)?.to_string();
+        let repository = Repository { url, secrets: clone.secrets };
+        let made =
+            self.agent.clone_read_only(&repository, clone.snapshot, clone.number, clone.name);
+        made.await.map(drop)
+    }
+
+    async fn keep_secrets(&self, repository: &str, secrets: &Secrets) -> Result<(), Status> {
+        let url = self.repositories.url(repository)?.to_string();
+        self.agent.keep_secrets(&url, secrets).await
     }
 }
 
