@@ -24,6 +24,9 @@ pub struct Args {
     /// The directory of this node's pool
     #[arg(long, value_name = "DIR", default_value = "/var/lib/petra/pool", env = "PETRA_POOL")]
     pub pool: PathBuf,
+    /// The most volumes that may be used on this node at a time; 0 for any number
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    pub max_volumes: u64,
     /// The program petra [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     pub petra: Option<PathBuf>,

@@ -163,12 +163,13 @@ impl Here {
         let at = args.pool.clone();
         let opened = tokio::task::spawn_blocking(move || Pool::open(&at, Arc::new(SystemHost)));
         let pool = opened.await??;
-        let local = LocalAgent::new(pool.clone(), name.clone(), &petra)?;
+        let local = LocalAgent::new(pool.clone(), name.clone(), &petra, args.max_volumes)?;
         local.start().await?;
         let clones =
             Arc::new(Clones { agent: local.clone(), repositories: repositories.clone() });
         let serving = local.serving().clone();
-        let node = Node::new(pool.clone(), serving, name.clone(), Locks::default(), clones);
+        let (locks, most) = (Locks::default(), args.max_volumes);
+        let node = Node::new(pool.clone(), serving, name.clone(), locks, clones, most);
         Ok(Self { name, pool, agent: Arc::new(local), node })
     }
 }

@@ -9,13 +9,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use authority::{Authority, write};
+use authority::Authority;
 use petra_csi::agent::nodes::Nodes;
 use petra_csi::agent::remote::RemoteAgent;
 use petra_csi::agent::server::serve;
 use petra_csi::agent::tls::{CONTROLLER, NODE, Tls};
 use petra_csi::agent::{
-    CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo, TakeSnapshotRequest, Upload,
+    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo, TakeSnapshotRequest, Upload,
     Volume,
 };
 use petra_csi::telemetry::{Metrics, Observe, Readings};
@@ -81,6 +81,10 @@ impl NodeAgent for Fake {
 
     async fn expand_volume(&self, _: ExpandVolumeRequest) -> Result<Volume, Status> {
         Err(Status::resource_exhausted("no room"))
+    }
+
+    async fn annotate_volume(&self, request: AnnotateVolumeRequest) -> Result<Volume, Status> {
+        self.volume(&request.name).await
     }
 
     async fn take_snapshot(&self, request: TakeSnapshotRequest) -> Result<Upload, Status> {

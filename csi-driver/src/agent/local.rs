@@ -33,7 +33,7 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 
 use super::{
-    CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo, Repository, TakeSnapshotRequest,
+    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo, Repository, TakeSnapshotRequest,
     Upload, Volume,
 };
 use crate::failure::{of_engine, of_volume};
@@ -53,6 +53,7 @@ pub struct LocalAgent(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     node: String,
+    most_volumes: u64,
     pool: Pool,
     serving: Serving,
     guard: GuardCommand,
@@ -67,12 +68,19 @@ struct Inner {
 
 impl LocalAgent {
     /// The agent of a pool on the node of this name. `petra` is the program that helper processes run.
-    pub fn new(pool: Pool, node: impl Into<String>, petra: &Path) -> Result<Self, Status> {
+    /// No more than `most_volumes` are published at a time; 0 for any number.
+    pub fn new(
+        pool: Pool,
+        node: impl Into<String>,
+        petra: &Path,
+        most_volumes: u64,
+    ) -> Result<Self, Status> {
         let secrets =
             SecretsDirectory::new(pool.run_directory().map_err(of_volume)?.join("secrets"));
         let options = vec!["--secrets".into(), secrets.path().as_os_str().to_owned()];
         Ok(Self(Arc::new(Inner {
             node: node.into(),
+            most_volumes,
             serving: Serving { programs: Programs::new(petra, options), patience: PATIENCE },
             guard: GuardCommand::new(petra, ["freeze-guard"]),
             pool,
@@ -221,6 +229,7 @@ impl NodeAgent for LocalAgent {
             available_bytes,
             largest_volume_bytes: available_bytes.min(petra_volume::pool::MAX_VOLUME_BYTES),
             smallest_volume_bytes: MIN_VOLUME_BYTES,
+            most_volumes: self.0.most_volumes,
         })
     }
 
@@ -245,6 +254,11 @@ impl NodeAgent for LocalAgent {
     async fn expand_volume(&self, request: ExpandVolumeRequest) -> Result<Volume, Status> {
         let agent = self.clone();
         to_its_end(async move { agent.grow_volume(request).await }).await
+    }
+
+    async fn annotate_volume(&self, request: AnnotateVolumeRequest) -> Result<Volume, Status> {
+        let agent = self.clone();
+        to_its_end(async move { agent.change_metadata(request).await }).await
     }
 
     async fn take_snapshot(&self, request: TakeSnapshotRequest) -> Result<Upload, Status> {

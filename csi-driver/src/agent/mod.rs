@@ -22,7 +22,7 @@ use async_trait::async_trait;
 use tonic::Status;
 
 pub use crate::proto::agent::{
-    CreateVolumeRequest, ExpandVolumeRequest, NodeInfo, Repository, SnapshotMember, SnapshotSource,
+    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeInfo, Repository, SnapshotMember, SnapshotSource,
     TakeSnapshotRequest, Upload, UploadMember, Volume, create_volume_request::Source,
 };
 
@@ -61,6 +61,9 @@ pub trait NodeAgent: Send + Sync + fmt::Debug {
 
     /// Makes a volume at least this large.
     async fn expand_volume(&self, request: ExpandVolumeRequest) -> Result<Volume, Status>;
+
+    /// Changes what is remembered with a volume.
+    async fn annotate_volume(&self, request: AnnotateVolumeRequest) -> Result<Volume, Status>;
 
     /// Takes copies at one point in time and begins to upload them. Where an upload with the same [`CSI_NAME`] is under
     /// way it is that one, and begun again if nobody works on it; `ALREADY_EXISTS` where it is of other volumes.

@@ -16,7 +16,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::tls::{Tls, TlsError};
 use super::{
-    CreateVolumeRequest, ExpandVolumeRequest, MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, NodeAgent,
+    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, NodeAgent,
     NodeInfo, TakeSnapshotRequest, Upload, Volume,
 };
 use crate::proto::agent::node_agent_client::NodeAgentClient;
@@ -267,6 +267,13 @@ impl NodeAgent for RemoteAgent {
     async fn expand_volume(&self, request: ExpandVolumeRequest) -> Result<Volume, Status> {
         self.call(LONG, request, |mut client, request| async move {
             client.expand_volume(request).await
+        })
+        .await
+    }
+
+    async fn annotate_volume(&self, request: AnnotateVolumeRequest) -> Result<Volume, Status> {
+        self.call(SHORT, request, |mut client, request| async move {
+            client.annotate_volume(request).await
         })
         .await
     }

@@ -16,7 +16,7 @@ use super::tls::{Tls, TlsError};
 use super::{MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, NodeAgent};
 use crate::proto::agent::node_agent_server::{NodeAgent as Service, NodeAgentServer};
 use crate::proto::agent::{
-    CreateVolumeRequest, DeleteVolumeRequest, DeleteVolumeResponse, DiscardUploadRequest,
+    AnnotateVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, DeleteVolumeResponse, DiscardUploadRequest,
     DiscardUploadResponse, ExpandVolumeRequest, GetInfoRequest, GetVolumeRequest,
     ListUploadsRequest, ListUploadsResponse, ListVolumesRequest, ListVolumesResponse, NodeInfo,
     TakeSnapshotRequest, Upload, Volume,
@@ -179,6 +179,14 @@ impl Service for Served {
     ) -> Result<Response<Volume>, Status> {
         let agent = self.agent(&request).await?;
         Ok(Response::new(agent.expand_volume(request.into_inner()).await?))
+    }
+
+    async fn annotate_volume(
+        &self,
+        request: Request<AnnotateVolumeRequest>,
+    ) -> Result<Response<Volume>, Status> {
+        let agent = self.agent(&request).await?;
+        Ok(Response::new(agent.annotate_volume(request.into_inner()).await?))
     }
 
     async fn take_snapshot(

@@ -149,6 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[expect(clippy::single_range_in_vec_init, reason = "a list of ranges is what is meant")]
     fn ranges_become_blocks() {
         let ranges = [1..2, 4000..4100, 8192..8193, 20_000..20_001].into_iter();
         assert_eq!(blocks(ranges.clone(), 20_001, 0), [0..12_288, 16_384..20_001]);

@@ -8,6 +8,7 @@
 //! GetMetadata*    -> repository: compare manifests
 //! ```
 
+mod attributes;
 mod metadata;
 mod paging;
 mod service;

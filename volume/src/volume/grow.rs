@@ -35,18 +35,17 @@ impl LockedVolume {
     }
 
     fn grow_to(&mut self, size_bytes: u64) -> Result<()> {
-        {
+        let more_bytes = size_bytes - self.state.size_bytes;
+        if more_bytes > 0 {
             let _list = self.volume.pool.lock_list()?;
-            let more_bytes = size_bytes - self.state.size_bytes;
-            if more_bytes > 0 {
-                self.volume.pool.check_promise(more_bytes)?;
-            }
-            let has_filesystem = self.state.filesystem != Filesystem::Raw;
+            self.volume.pool.check_promise(more_bytes)?;
             self.change(|state| {
                 state.size_bytes = size_bytes;
                 // Also for a raw one: until its image has grown, and longer if it does hold a file system.
-                state.grow_filesystem |= more_bytes > 0 || has_filesystem;
+                state.grow_filesystem = true;
             })?;
+        } else if !self.state.grow_filesystem {
+            return Ok(());
         }
         if self.state.lazy.is_none() {
             self.set_image_size(size_bytes)?;

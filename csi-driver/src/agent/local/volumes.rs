@@ -17,7 +17,7 @@ use tonic::Status;
 
 use super::{LocalAgent, name_of};
 use crate::agent::{
-    ASKED_FILESYSTEM, ASKED_SIZE, ASKED_SOURCE, CSI_NAME, CreateVolumeRequest, ExpandVolumeRequest,
+    ASKED_FILESYSTEM, ASKED_SIZE, ASKED_SOURCE, AnnotateVolumeRequest, CSI_NAME, CreateVolumeRequest, ExpandVolumeRequest,
     Repository, SnapshotSource, Source, Volume,
 };
 use crate::failure::{of_engine, of_volume};
@@ -250,6 +250,22 @@ impl LocalAgent {
             describe(locked.volume()).map_err(of_volume)
         });
         grown.await.map_err(|_| Status::internal("work on a pool panicked"))?
+    }
+
+    pub(super) async fn change_metadata(
+        &self,
+        request: AnnotateVolumeRequest,
+    ) -> Result<Volume, Status> {
+        let (pool, name) = (self.pool().clone(), name_of("volume", &request.name)?);
+        let changed = pins::blocking(move || {
+            let mut locked = pool.volume(&name)?.lock()?;
+            locked.change(|state| {
+                state.metadata.retain(|key, _| !request.remove.contains(key));
+                state.metadata.extend(request.set);
+            })?;
+            describe(locked.volume())
+        });
+        changed.await.map_err(of_volume)
     }
 
     pub(super) async fn remove_volume(&self, name: Name) -> Result<(), Status> {
