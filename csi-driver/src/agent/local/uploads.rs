@@ -20,7 +20,7 @@ use crate::agent::{CSI_NAME, Repository, TakeSnapshotRequest, Upload, UploadMemb
 use crate::failure::of_volume;
 
 /// How long the one who works on an upload may take to give it up, before the caller has to come again.
-const DISCARD_WAIT: Duration = Duration::from_secs(5);
+const DISCARD_WAIT: Duration = Duration::from_secs(20);
 const DISCARD_STEP: Duration = Duration::from_millis(100);
 
 impl LocalAgent {

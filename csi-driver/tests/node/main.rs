@@ -1,0 +1,15 @@
+//! The service Node over real pools, devices and mounts. Needs root and loop devices.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic"
+)]
+
+mod lab;
+
+mod block;
+mod crashes;
+mod filesystem;
+mod refused;
