@@ -70,12 +70,13 @@ async fn a_claim_is_written_snapshotted_and_cloned() {
         let at = client.publish(&machine, &clone.volume_id, &writer(), &name).await.unwrap();
         assert!(has_files(&at, 1, 20), "{name}");
         assert_eq!(has_files(&at, 2, 5), has_later, "{name}");
-        let stats = client.node.clone().node_get_volume_stats(NodeGetVolumeStatsRequest {
+        let request = NodeGetVolumeStatsRequest {
             volume_id: clone.volume_id.clone(),
             volume_path: text(&at),
             ..Default::default()
-        });
-        let usage = stats.await.unwrap().into_inner().usage;
+        };
+        let stats = client.node.clone().node_get_volume_stats(request).await.unwrap();
+        let usage = stats.into_inner().usage;
         let total = usage.iter().find(|usage| usage.unit() == volume_usage::Unit::Bytes).unwrap().total;
         let least = if name == "pvc-2" { 600 } else { 440 };
         assert!(total > least * MIB, "{name} has {total} bytes");
@@ -250,8 +251,7 @@ async fn a_volume_is_rebuilt_from_changed_blocks() {
             File::open(image).unwrap()
         })
         .collect();
-    let rebuilt = File::options().create(true).truncate(true).read(true).write(true);
-    let rebuilt = rebuilt.open(machine.path("rebuilt")).unwrap();
+    let rebuilt = File::create_new(machine.path("rebuilt")).unwrap();
     let copy = |from: &File, blocks: &[BlockMetadata]| {
         for block in blocks {
             let mut bytes = vec![0; block.size_bytes as usize];
