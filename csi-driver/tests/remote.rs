@@ -1,5 +1,7 @@
 //! Agents on other nodes: who is let in, who is found, and what happens when a node is away.
 
+#![expect(clippy::unwrap_used, reason = "in tests a panic is the right way to fail")]
+
 mod authority;
 
 use std::collections::BTreeMap;
@@ -267,6 +269,7 @@ async fn nodes_are_found_by_pool_and_by_name() {
     let other = Running::start_at(address, Fake::new("c", 3), &certificates).await;
     let error = agent_b.delete_volume("v").await.unwrap_err();
     assert_eq!(error.code(), Code::Unavailable, "{error}");
+    tokio::time::sleep(Duration::from_millis(1100)).await;
     assert_eq!(nodes.by_pool(nowhere).await.unwrap().info().await.unwrap().node, "c");
     other.stop().await;
 

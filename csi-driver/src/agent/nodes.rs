@@ -247,6 +247,8 @@ impl Known {
             }
         }
         everyone.there.sort_by(|a, b| a.info.node.cmp(&b.info.node));
+        // A node may have several addresses.
+        everyone.there.dedup_by(|a, b| a.info.pool == b.info.pool);
         everyone.away.sort_by(|a, b| a.node.cmp(&b.node));
         self.everyone = everyone;
     }

