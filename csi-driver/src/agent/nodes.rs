@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use futures::future::join_all;
 use petra_engine::SnapshotId;
 use tokio::net::lookup_host;
@@ -17,6 +18,7 @@ use tonic::Status;
 use super::remote::{Address, AddressError, RemoteAgent};
 use super::tls::Tls;
 use super::{NodeAgent, NodeInfo};
+use crate::telemetry::{Readings, Source};
 
 /// How long what a node said of itself is believed.
 const FRESH: Duration = Duration::from_secs(5);
@@ -179,6 +181,20 @@ impl Nodes {
             known.pools.insert(info.pool.clone(), info.node.clone());
         }
         known.asked = Some(Instant::now());
+    }
+}
+
+/// What a controller has to say: its nodes say for themselves how their pools are.
+#[async_trait]
+impl Source for Nodes {
+    async fn read(&self) -> Readings {
+        let away = self.all().await.away.len().try_into().unwrap_or(u64::MAX);
+        Readings { pools: vec![], away }
+    }
+
+    /// Calls can be served while nodes are away: those that are about the others, and about snapshots.
+    async fn ready(&self) -> Result<(), String> {
+        Ok(())
     }
 }
 
