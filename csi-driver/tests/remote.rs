@@ -365,3 +365,30 @@ fn certificates_that_are_none_are_refused() {
     std::fs::write(good.join("key.pem"), key).unwrap();
     Tls::open(&good).unwrap_err();
 }
+
+#[tokio::test]
+async fn the_certificates_that_we_hand_out_are_good() {
+    if petra_tests::require::tool("openssl").is_none() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/certificates");
+    let made = std::process::Command::new(script).arg("--directory").arg(directory.path()).output();
+    let made = made.unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let side = |name: &str| {
+        let read = |file: &str| std::fs::read_to_string(directory.path().join(file)).unwrap();
+        let certificates = directory.path().join(name);
+        let (certificate, key) = (read(&format!("{name}.crt")), read(&format!("{name}.key")));
+        write(&certificates, &read("ca.crt"), &certificate, &key);
+        certificates
+    };
+    let node = Running::start(Fake::new("a", 1), &side("node")).await;
+    let tls = Tls::open(side("controller")).unwrap();
+    RemoteAgent::new(&node.url(), tls).unwrap().info().await.unwrap();
+    // They are for one side each.
+    let tls = Tls::open(side("node")).unwrap();
+    let refused = RemoteAgent::new(&node.url(), tls).unwrap().info().await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable);
+    node.stop().await;
+}
