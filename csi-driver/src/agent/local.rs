@@ -26,7 +26,7 @@ use petra_engine::{
     Access, Context, Name, Repository as OpenRepository, RepositoryUrl, SnapshotId,
 };
 use petra_volume::freeze::GuardCommand;
-use petra_volume::pool::{MIN_VOLUME_BYTES, pins};
+use petra_volume::pool::{MAX_VOLUME_BYTES, MIN_VOLUME_BYTES, pins};
 use petra_volume::volume::Serving;
 use petra_volume::{Pool, Programs};
 use tokio::sync::Semaphore;
@@ -38,6 +38,7 @@ use super::{
 };
 use crate::failure::{of_engine, of_volume};
 use crate::locks::Locks;
+use volumes::ROUND_BYTES;
 
 /// How long a read of a lazy clone waits for a repository that is away.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -223,11 +224,12 @@ impl NodeAgent for LocalAgent {
         let status = pins::blocking(move || inner.pool.status()).await.map_err(of_volume)?;
         let is_full = status.free_bytes <= status.reserve_bytes;
         let available_bytes = if is_full { 0 } else { status.available_bytes() };
+        let largest_bytes = available_bytes / ROUND_BYTES * ROUND_BYTES;
         Ok(NodeInfo {
             node: self.0.node.clone(),
             pool: self.0.pool.state().id.to_string(),
             available_bytes,
-            largest_volume_bytes: available_bytes.min(petra_volume::pool::MAX_VOLUME_BYTES),
+            largest_volume_bytes: largest_bytes.min(MAX_VOLUME_BYTES),
             smallest_volume_bytes: MIN_VOLUME_BYTES,
             most_volumes: self.0.most_volumes,
         })

@@ -23,7 +23,7 @@ use crate::agent::{
 use crate::failure::{of_engine, of_volume};
 
 /// Sizes are multiples of this, except that of a clone that is as large as its source.
-const ROUND_BYTES: u64 = 4096;
+pub(super) const ROUND_BYTES: u64 = 4096;
 
 impl LocalAgent {
     pub(super) async fn make_volume(&self, request: CreateVolumeRequest) -> Result<Volume, Status> {
