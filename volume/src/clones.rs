@@ -10,6 +10,7 @@ mod live;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub use live::{CopyRequest, copy};
 
@@ -24,6 +25,9 @@ use crate::volume::{LockedVolume, Volume};
 
 /// The device of a clone has the smallest blocks: whatever the volume was used with before works with them.
 const SECTOR_BYTES: u32 = 512;
+
+/// How long a clone by reference waits for its turn: another one takes milliseconds.
+const REFERENCE_WAIT: Duration = Duration::from_secs(2);
 
 /// A clone to make.
 #[derive(Clone, Debug)]
@@ -123,8 +127,8 @@ async fn by_reference(
     blocking(move || {
         for volume in pool.volumes()? {
             let Some(copy) = copy_of(&volume, repository, &request) else { continue };
-            // Its lock keeps the copy where it is. A volume that is busy is no reason to wait: there is another way.
-            let Ok(locked) = volume.lock_for(std::time::Duration::ZERO) else { continue };
+            // Its lock keeps the copy where it is. A volume that is busy for long is no reason to wait: there is another way.
+            let Ok(locked) = volume.lock_for(REFERENCE_WAIT) else { continue };
             if copy_of(&volume, repository, &request).as_ref() != Some(&copy) {
                 continue;
             }

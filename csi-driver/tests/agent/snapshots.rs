@@ -92,7 +92,7 @@ async fn an_upload_goes_on_after_its_process_was_killed() {
         wait_for("a session", async || attempts() == Some(attempt)).await;
         // While it is under way: the same one, and nothing else by this name.
         assert_eq!(agent.take_snapshot(request.clone()).await.unwrap(), taken);
-        assert_eq!(agent.uploads().await.unwrap(), [taken.clone()]);
+        assert_eq!(agent.uploads().await.unwrap(), std::slice::from_ref(&taken));
         let other = agent.take_snapshot(repo.take("s", &["v", "w"])).await.unwrap_err();
         assert_eq!(other.code(), Code::AlreadyExists, "{other}");
         let in_use = agent.delete_volume("v").await.unwrap_err();

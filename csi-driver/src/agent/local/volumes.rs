@@ -4,6 +4,7 @@
 //! else by its name is refused. Two such calls at a time both try, and the slower one finds what the other has made.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use petra_engine::record::VolumeRecord;
 use petra_engine::{Name, SnapshotId};
@@ -412,7 +413,7 @@ fn describe(volume: &PoolVolume) -> petra_volume::Result<Volume> {
         origin: state.origin.clone().unwrap_or_default(),
         lazy: state.lazy.as_ref().is_some_and(|lazy| !lazy.hydrated),
         attached,
-        trouble: trouble_with(volume, &state),
+        trouble: trouble_with(volume, &state)?,
         metadata: state.metadata.into_iter().collect(),
     })
 }
@@ -425,16 +426,20 @@ fn filesystem_of(state: &VolumeState) -> String {
     }
 }
 
-fn trouble_with(volume: &PoolVolume, state: &VolumeState) -> String {
+/// What is wrong, as far as that shows without reading the volume.
+fn trouble_with(volume: &PoolVolume, state: &VolumeState) -> petra_volume::Result<String> {
     let image = volume.image();
-    match std::fs::metadata(&image) {
+    Ok(match std::fs::metadata(&image) {
         Err(error) => format!("{}: {error}", image.display()),
         // One that a crash kept from growing grows when it is attached.
         Ok(metadata) if metadata.len() < state.size_bytes && !state.grow_filesystem => {
             format!("{} has {} of {} bytes", image.display(), metadata.len(), state.size_bytes)
         }
+        Ok(_) if !volume.is_alive(Duration::ZERO)? => {
+            "its image server died: it must be staged again".to_owned()
+        }
         Ok(_) => String::new(),
-    }
+    })
 }
 
 fn id_of(text: &str) -> Result<SnapshotId, Status> {
