@@ -10,10 +10,13 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use common::{Sandbox, objects, shape};
+use petra_engine::RepositoryUrl;
+use petra_engine::access::SecretsDirectory;
 
 /// A repository `repo` that the passphrase in `pass` opens, with one snapshot.
 fn encrypted() -> Sandbox {
@@ -155,4 +158,30 @@ fn the_store_shows_nothing() {
             assert!(!name.as_bytes().windows(tell.len()).any(|w| w == tell), "{name}");
         }
     }
+}
+
+/// As the CSI driver keeps them for its helper processes.
+#[test]
+fn a_directory_holds_the_secrets_of_several_repositories() {
+    let mut petra = encrypted();
+    petra.ok("init ./plain");
+    let directory = SecretsDirectory::new(petra.path("secrets"));
+    let put = |petra: &Sandbox, repository: &str, passphrase: &str| {
+        let path = petra.path(repository).canonicalize().unwrap();
+        let secrets = BTreeMap::from([("passphrase".to_owned(), passphrase.to_owned())]);
+        directory.put(&RepositoryUrl::Directory(path), &secrets).unwrap();
+    };
+    let url = format!("file://{}", petra.path("repo").canonicalize().unwrap().display());
+    petra.fails(&format!("ls {url} --secrets secrets"), 2, &["is encrypted"]);
+    put(&petra, "repo", "correct horse");
+    petra.ok(&format!("ls {url} --secrets secrets"));
+    petra.ok("ls ./plain --secrets secrets");
+    // What is kept for a repository goes before what is meant for all.
+    petra.ok(&format!("ls {url} --secrets secrets --passphrase-file wrong"));
+    put(&petra, "repo", "battery staple");
+    petra.fails(&format!("ls {url} --secrets secrets --passphrase-file pass"), 2, &["opens none"]);
+    // Nobody can put a plain repository in an encrypted one's place.
+    put(&petra, "plain", "correct horse");
+    let plain = format!("file://{}", petra.path("plain").canonicalize().unwrap().display());
+    petra.fails(&format!("ls {plain} --secrets secrets"), 2, &["is not encrypted"]);
 }

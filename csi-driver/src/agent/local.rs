@@ -23,7 +23,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use petra_engine::access::SecretsDirectory;
 use petra_engine::{
-    Access, Context, Name, Repository as OpenRepository, RepositoryUrl, SnapshotId,
+    Access, Context, ErrorKind, Name, Repository as OpenRepository, RepositoryUrl, SnapshotId,
 };
 use petra_volume::freeze::GuardCommand;
 use petra_volume::pool::{MAX_VOLUME_BYTES, MIN_VOLUME_BYTES, pins};
@@ -128,43 +128,55 @@ impl LocalAgent {
         &self.0.serving
     }
 
-    /// Keeps secrets of a repository for helper processes. Without any, those of an earlier call stay.
+    /// Keeps secrets of a repository for helper processes, once they have opened it: wrong ones must not take the place
+    /// of right ones. Only where the repository is away nobody can tell. Without any, those of an earlier call stay.
     pub async fn keep_secrets(
         &self,
         url: &str,
         secrets: &HashMap<String, String>,
     ) -> Result<(), Status> {
-        let repository = Repository { url: url.to_owned(), secrets: secrets.clone() };
-        self.access(&repository).await.map(drop)
-    }
-
-    /// How a repository is opened: with the secrets of this call, which are kept, or else with those of an earlier one.
-    async fn access(&self, repository: &Repository) -> Result<(RepositoryUrl, Access), Status> {
-        let url: RepositoryUrl = repository.url.parse().map_err(of_engine)?;
-        if url.is_template() {
-            let text = format!("{url} is the URL of many repositories: its experiment is missing");
-            return Err(Status::invalid_argument(text));
+        let url = url_of(url)?;
+        let access = Access::from_secrets(secrets).map_err(of_engine)?;
+        if !is_given(&access) {
+            return Ok(());
         }
-        let access = Access::from_secrets(&repository.secrets).map_err(of_engine)?;
-        let (directory, given, at) =
-            (self.0.secrets.clone(), repository.secrets.clone(), url.clone());
-        let access = pins::blocking(move || {
-            if access.s3.is_none() && access.secret.is_none() {
-                return Ok(directory.access(&at)?.unwrap_or_default());
-            }
-            directory.put(&at, &given)?;
-            Ok(access)
-        });
-        Ok((url, access.await.map_err(of_volume)?))
+        let (directory, at, wanted) = (self.0.secrets.clone(), url.clone(), secrets.clone());
+        let known = pins::blocking(move || Ok(directory.holds(&at, &wanted)?));
+        if known.await.map_err(of_volume)? {
+            return Ok(());
+        }
+        match access.open(&url).await {
+            Err(error) if error.kind() != ErrorKind::Retry => Err(of_engine(error)),
+            _ => self.put_secrets(url, secrets.clone()).await,
+        }
     }
 
-    /// Opens a repository.
+    async fn put_secrets(
+        &self,
+        url: RepositoryUrl,
+        secrets: HashMap<String, String>,
+    ) -> Result<(), Status> {
+        let directory = self.0.secrets.clone();
+        let put = pins::blocking(move || Ok(directory.put(&url, &secrets)?));
+        put.await.map_err(of_volume)
+    }
+
+    /// Opens a repository with the secrets of this call, which are kept, or else with those of an earlier one.
     async fn open(
         &self,
         repository: &Repository,
     ) -> Result<(RepositoryUrl, OpenRepository), Status> {
-        let (url, access) = self.access(repository).await?;
-        let opened = access.open(&url).await.map_err(of_engine)?;
+        let url = url_of(&repository.url)?;
+        let given = Access::from_secrets(&repository.secrets).map_err(of_engine)?;
+        if is_given(&given) {
+            let opened = given.open(&url).await.map_err(of_engine)?;
+            self.put_secrets(url.clone(), repository.secrets.clone()).await?;
+            return Ok((url, opened));
+        }
+        let (directory, at) = (self.0.secrets.clone(), url.clone());
+        let kept = pins::blocking(move || Ok(directory.access(&at)?.unwrap_or_default()));
+        let kept = kept.await.map_err(of_volume)?;
+        let opened = kept.open(&url).await.map_err(of_engine)?;
         Ok((url, opened))
     }
 
@@ -285,6 +297,20 @@ async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> Result<T, Status> {
     tokio::spawn(work).await.map_err(|_| Status::internal("a task of the node agent panicked"))?
+}
+
+fn is_given(access: &Access) -> bool {
+    access.s3.is_some() || access.secret.is_some()
+}
+
+/// The URL of one repository.
+fn url_of(text: &str) -> Result<RepositoryUrl, Status> {
+    let url: RepositoryUrl = text.parse().map_err(of_engine)?;
+    if url.is_template() {
+        let text = format!("{url} is the URL of many repositories: its experiment is missing");
+        return Err(Status::invalid_argument(text));
+    }
+    Ok(url)
 }
 
 fn name_of(what: &'static str, text: &str) -> Result<Name, Status> {

@@ -172,7 +172,14 @@ async fn secrets_of_a_call_serve_the_processes_behind_it() {
     let error = other.agent.create_volume(wrong).await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument, "{error}");
     assert!(!error.message().contains("another one"), "{error}");
+    assert!(!other.run().join("secrets").exists(), "what opens nothing is not kept");
     other.agent.create_volume(repo.clone_of(&snapshot, "c", 0)).await.unwrap();
+    let (url, secrets) = (&repo.message.url, &repo.message.secrets);
+    other.agent.keep_secrets(url, secrets).await.unwrap();
+    other.agent.keep_secrets(url, &[].into()).await.unwrap();
+    let wrong = [("passphrase".to_owned(), "another one".to_owned())].into();
+    let error = other.agent.keep_secrets(url, &wrong).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument, "{error}");
     let at = other.mount("c");
     assert!(has_file(&at));
     other.hydrated("c").await;

@@ -24,7 +24,7 @@ use petra_volume::{BackendKind, Volume};
 pub const MIB: u64 = 1 << 20;
 pub const PASSPHRASE: &str = "correct horse battery staple";
 /// Longer than anything takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A node. What it has started ends with it.
 pub struct Node {
@@ -102,6 +102,16 @@ impl Node {
         found
     }
 
+    /// What the helper processes said, for whoever looks into a failure.
+    fn show_logs(&self) {
+        for entry in fs::read_dir(&self.run).into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().ends_with(".log") {
+                let log = fs::read_to_string(entry.path()).unwrap_or_default();
+                eprintln!("{}:\n{log}", entry.path().display());
+            }
+        }
+    }
+
     /// Where sockets, logs and secrets are.
     pub fn run(&self) -> &Path {
         &self.run
@@ -110,7 +120,10 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        petra_tests::pool::take_apart(self.pool.pool.root());
+        petra_tests::pool::take_apart(&self.pool.path(""));
+        if std::thread::panicking() {
+            self.show_logs();
+        }
         // Image servers have ended with their mounts; agents and uploads have not.
         for (pid, _) in self.processes() {
             kill(pid);

@@ -14,7 +14,7 @@ use tonic::Code;
 use crate::lab::{MIB, Node, Repo, create, kill, wait_for};
 
 /// Large enough for a debug build to need seconds.
-const LARGE: u64 = 400 * MIB;
+const LARGE: u64 = 200 * MIB;
 
 async fn with_noise(node: &Node, name: &str, size_bytes: u64) {
     node.agent.create_volume(create(name, size_bytes, "raw")).await.unwrap();

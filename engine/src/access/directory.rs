@@ -42,20 +42,21 @@ impl SecretsDirectory {
         url: &RepositoryUrl,
         secrets: impl IntoIterator<Item = (&'a String, &'a String)>,
     ) -> Result<()> {
-        let secrets = known(secrets);
-        if secrets.is_empty() {
-            return self.remove(url);
-        }
         let path = self.file(url);
-        let json = serde_json::to_vec(&secrets);
-        let json = Zeroizing::new(json.map_err(|_| Error::Internal("secrets are no JSON"))?);
-        if json.len() as u64 > MAX_FILE_BYTES {
-            return Err(Error::Request("the secrets are too long".to_owned()));
+        match content(secrets)? {
+            None => self.remove(url),
+            Some(json) if is_there(&path, &json)? => Ok(()),
+            Some(json) => self.write(&path, &json).map_err(Error::io("write", path)),
         }
-        if read(&path).map_err(Error::io("read", &path))?.is_some_and(|there| there == json) {
-            return Ok(());
-        }
-        self.write(&path, &json).map_err(Error::io("write", path))
+    }
+
+    /// True where these very secrets are kept.
+    pub fn holds<'a>(
+        &self,
+        url: &RepositoryUrl,
+        secrets: impl IntoIterator<Item = (&'a String, &'a String)>,
+    ) -> Result<bool> {
+        content(secrets)?.map_or(Ok(false), |json| is_there(&self.file(url), &json))
     }
 
     /// How a repository is opened; None where nothing is kept for it.
@@ -97,6 +98,27 @@ impl SecretsDirectory {
         }
         written
     }
+}
+
+/// What a file holds; None for no secrets.
+fn content<'a>(
+    secrets: impl IntoIterator<Item = (&'a String, &'a String)>,
+) -> Result<Option<Zeroizing<Vec<u8>>>> {
+    let secrets = known(secrets);
+    if secrets.is_empty() {
+        return Ok(None);
+    }
+    let json = serde_json::to_vec(&secrets);
+    let json = Zeroizing::new(json.map_err(|_| Error::Internal("secrets are no JSON"))?);
+    if json.len() as u64 > MAX_FILE_BYTES {
+        return Err(Error::Request("the secrets are too long".to_owned()));
+    }
+    Ok(Some(json))
+}
+
+fn is_there(path: &Path, json: &Zeroizing<Vec<u8>>) -> Result<bool> {
+    let found = read(path).map_err(Error::io("read", path))?;
+    Ok(found.is_some_and(|found| found == *json))
 }
 
 /// A new file beside another one, for its owner alone.
@@ -151,6 +173,8 @@ mod tests {
         assert_eq!(passphrase(&one), expected("first"));
         assert_eq!(passphrase(&other), expected("second"));
         directory.put(&one, &secrets("third")).unwrap();
+        assert!(directory.holds(&one, &secrets("third")).unwrap());
+        assert!(!directory.holds(&one, &secrets("first")).unwrap());
         assert_eq!(passphrase(&one), expected("third"));
 
         let mode = |path: &Path| path.metadata().unwrap().permissions().mode() & 0o777;

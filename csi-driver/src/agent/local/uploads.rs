@@ -39,7 +39,7 @@ impl LocalAgent {
                 return Err(Status::already_exists(text));
             }
             // With secrets that may be new.
-            self.access(&repository).await?;
+            self.keep_secrets(&repository.url, &repository.secrets).await?;
             self.begin_upload_of_nobody(found.id).await?;
             return self.describe(found).await;
         }
