@@ -124,6 +124,12 @@ impl Drop for Node {
         if std::thread::panicking() {
             self.show_logs();
         }
+        // In an orderly way as far as it goes, so that image servers end before their mounts are taken away.
+        for volume in self.pool.pool.volumes().unwrap_or_default() {
+            if let Ok(mut locked) = volume.lock() {
+                let _ = locked.unmount().and_then(|()| locked.detach());
+            }
+        }
         // Image servers have ended with their mounts; agents and uploads have not.
         for (pid, _) in self.processes() {
             kill(pid);
