@@ -5,10 +5,10 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
+use rustix::mount::MountFlags;
 
 use crate::error::{Error, Result};
 use crate::mount_options::{MountOptions, OF_FILESYSTEM, OF_MOUNT};
@@ -33,9 +33,7 @@ pub struct Place {
 impl Place {
     /// Nobody can write there. Of a device its attachment tells.
     pub fn is_read_only(&self) -> bool {
-        !self.is_device
-            && (self.mount.read_only
-                || self.mount.flags.contains(rustix::mount::MountFlags::RDONLY))
+        !self.is_device && (self.mount.read_only || self.mount.flags.contains(MountFlags::RDONLY))
     }
 
     /// True if its file system is mounted there with these options, as far as the kernel tells.
@@ -73,10 +71,11 @@ impl Volume {
     }
 }
 
-/// True for a device's node that is mounted over a file.
+/// True for a device's node that is mounted over a file. In `/dev` a container may have it so.
 fn shows(mount: &Mount, device: Number) -> bool {
     NODES.contains(&mount.filesystem.as_str())
         && mount.root != Path::new("/")
+        && !mount.at.starts_with("/dev")
         && std::fs::symlink_metadata(&mount.at).is_ok_and(|metadata| {
             metadata.file_type().is_block_device() && Number::of_node(&metadata) == device
         })
@@ -112,8 +111,7 @@ pub fn bind_directory(from: &Path, at: &Path, options: &MountOptions) -> Result<
 
 /// Mounts a device's node at another place, too. An empty file is made there when it is missing; its directory must exist.
 pub fn bind_device(device: &Path, at: &Path) -> Result<()> {
-    let nofollow = OFlags::NOFOLLOW.bits().cast_signed();
-    let made = OpenOptions::new().write(true).create_new(true).custom_flags(nofollow).open(at);
+    let made = OpenOptions::new().write(true).create_new(true).open(at);
     match made {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             return Err(Error::io("create", at)(error));

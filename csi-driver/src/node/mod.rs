@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 use petra_engine::Name;
 use petra_volume::pool::Pool;
-use petra_volume::volume::Serving;
+use petra_volume::volume::{Attachment, Serving};
 use petra_volume::{LockedVolume, MountOptions, Volume, binds};
 use tonic::{Request, Response, Status};
 
@@ -191,11 +191,14 @@ async fn blocking<T: Send + 'static>(
     done.map_err(|_| Status::internal("work on a volume panicked"))?
 }
 
-/// Attaches a volume again that is attached in another way, or whose image server died. Nobody must use it.
-fn reattach(locked: &mut LockedVolume, serving: &Serving, read_only: bool) -> Result<(), Status> {
+/// Attaches a volume again that is attached in another way. Nobody must use it.
+fn reattach(
+    locked: &mut LockedVolume,
+    serving: &Serving,
+    read_only: bool,
+) -> Result<Attachment, Status> {
     locked.detach().map_err(of_volume)?;
-    locked.attach_served(serving, read_only).map_err(of_volume)?;
-    Ok(())
+    locked.attach_served(serving, read_only).map_err(of_volume)
 }
 
 /// True where something is mounted, even if it is none of ours.

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use petra_volume::Volume;
 use petra_volume::binds::{self, Place};
 use petra_volume::volume::Serving;
+use petra_volume::{LockedVolume, Volume};
 use tonic::{Code, Status};
 
 use super::{Access, Named, Node, blocking, is_mount_point, reattach, stage};
@@ -93,10 +93,9 @@ impl<'a> Publication<'a> {
             let text = format!("something else is mounted at {}", target.display());
             return Err(Status::already_exists(text));
         }
-        let others: Vec<&Place> =
-            places.iter().filter(|place| place.is_device || place.at != self.staging).collect();
-        if let Some(other) = others.first()
-            && access.usage.mode == Mode::SingleNodeSingleWriter
+        let mut others = places.iter().filter(|place| place.is_device || place.at != self.staging);
+        if access.usage.mode == Mode::SingleNodeSingleWriter
+            && let Some(other) = others.next()
         {
             return Err(Status::failed_precondition(format!(
                 "{volume} is for one pod at a time, and published at {}",
@@ -104,37 +103,46 @@ impl<'a> Publication<'a> {
             )));
         }
         if access.usage.is_block() {
-            if let Some(other) = places.iter().find(|place| !place.is_device) {
-                let text = format!("{volume} is mounted at {}", other.at.display());
-                return Err(Status::failed_precondition(text));
-            }
-            let Some(attachment) = volume.attachment().map_err(of_volume)? else {
-                return Err(self.not_staged());
-            };
-            // It is the device that lets nobody write, so all see the same.
-            if attachment.read_only != access.is_read_only() {
-                if let Some(other) = others.first() {
-                    let how = if attachment.read_only { "read-only" } else { "for writing" };
-                    let at = other.at.display();
-                    let text = format!("the device of {volume} is published {how} at {at}");
-                    return Err(Status::failed_precondition(text));
-                }
-                reattach(&mut locked, serving, access.is_read_only())?;
-            }
-            return match volume.attachment().map_err(of_volume)? {
-                Some(attachment) => {
-                    binds::bind_device(&attachment.device, target).map_err(of_volume)
-                }
-                None => Err(self.not_staged()),
-            };
+            self.show_device(&mut locked, serving, &places)
+        } else {
+            self.show_directory(&places)
         }
+    }
+
+    fn show_directory(&self, places: &[Place]) -> Result<(), Status> {
         let mut staged = places.iter().filter(|place| place.at == self.staging && !place.is_device);
         let Some(staged) = staged.next_back() else { return Err(self.not_staged()) };
-        if staged.is_read_only() && !access.is_read_only() {
-            let text = format!("{volume} is staged read-only");
+        if staged.is_read_only() && !self.access.is_read_only() {
+            let text = format!("{} is staged read-only", self.volume);
             return Err(Status::failed_precondition(text));
         }
-        binds::bind_directory(&self.staging, target, &access.options).map_err(of_volume)
+        binds::bind_directory(&self.staging, &self.target, &self.access.options).map_err(of_volume)
+    }
+
+    fn show_device(
+        &self,
+        locked: &mut LockedVolume,
+        serving: &Serving,
+        places: &[Place],
+    ) -> Result<(), Status> {
+        let Self { volume, target, access, .. } = self;
+        if let Some(other) = places.iter().find(|place| !place.is_device) {
+            let text = format!("{volume} is mounted at {}", other.at.display());
+            return Err(Status::failed_precondition(text));
+        }
+        let attachment = volume.attachment().map_err(of_volume)?;
+        let mut attachment = attachment.ok_or_else(|| self.not_staged())?;
+        // It is the device that lets nobody write, so all see the same.
+        if attachment.read_only != access.is_read_only() {
+            if let Some(other) = places.first() {
+                let how = if attachment.read_only { "read-only" } else { "for writing" };
+                let at = other.at.display();
+                let text = format!("the device of {volume} is published {how} at {at}");
+                return Err(Status::failed_precondition(text));
+            }
+            attachment = reattach(locked, serving, access.is_read_only())?;
+        }
+        binds::bind_device(&attachment.device, target).map_err(of_volume)
     }
 
     /// True for a place that a call like this one has made.

@@ -148,10 +148,9 @@ fn attached_read_only(volume: &Volume) -> Result<bool, Status> {
 fn attach(locked: &mut LockedVolume, serving: &Serving, read_only: bool) -> Result<(), Status> {
     let attachment = locked.volume().attachment().map_err(of_volume)?;
     if attachment.is_some_and(|attachment| attachment.read_only != read_only) {
-        return super::reattach(locked, serving, read_only);
+        return super::reattach(locked, serving, read_only).map(drop);
     }
-    locked.attach_served(serving, read_only).map_err(of_volume)?;
-    Ok(())
+    locked.attach_served(serving, read_only).map(drop).map_err(of_volume)
 }
 
 /// Takes the device away whose image server died. Only the mount of the staging itself may be left on it.
