@@ -146,7 +146,8 @@ impl LockedVolume {
         let len_bytes = std::fs::metadata(path).map_err(Error::io("look at", path))?.len();
         let size_bytes = self.state.size_bytes;
         if len_bytes < size_bytes && self.state.grow_filesystem {
-            return self.set_image_size(size_bytes);
+            self.set_image_size(size_bytes)?;
+            return self.end_growth_of_raw();
         }
         if len_bytes != size_bytes {
             let detail = format!("it has {len_bytes} bytes, and the volume has {size_bytes}");

@@ -76,14 +76,7 @@ impl LockedVolume {
     /// Makes the file system of the volume as large as the volume. One that nobody has mounted for writing grows at the next
     /// mount.
     pub(super) fn grow_mounted(&mut self) -> Result<()> {
-        let image = self.volume.image();
-        let Some(mount) = self.writable_mount()? else {
-            // What is absent in the image of a lazy clone tells nothing.
-            if self.state.lazy.is_none() && self.detect(&image)? == Filesystem::Raw {
-                return self.change(|state| state.grow_filesystem = false);
-            }
-            return Ok(());
-        };
+        let Some(mount) = self.writable_mount()? else { return self.end_growth_of_raw() };
         let size_bytes = self.state.size_bytes;
         let top = File::open(&mount.at).map_err(Error::io("open", &mount.at))?;
         // What is mounted counts: for a clone nobody may have noted what it holds.
@@ -103,6 +96,15 @@ impl LockedVolume {
             Error::io("grow the file system at", &mount.at)(cause)
         })?;
         self.change(|state| state.grow_filesystem = false)
+    }
+
+    /// Where the volume holds no file system, nothing is left to be done after its image has grown.
+    pub(super) fn end_growth_of_raw(&mut self) -> Result<()> {
+        // What is absent in the image of a lazy clone tells nothing.
+        if self.state.lazy.is_none() && self.detect(&self.volume.image())? == Filesystem::Raw {
+            return self.change(|state| state.grow_filesystem = false);
+        }
+        Ok(())
     }
 
     /// A mount of the volume's file system through which it can be written: the one that shows most of it.
