@@ -69,7 +69,8 @@ async fn main() {
     machine.pool("pool", "btrfs");
     let pool = format!("--pool={}", machine.path("pool").display());
     let store = format!("--repository=store={url}");
-    let client = machine.start("all.sock", &["--role=all", "--node-name=here", &pool, &store]).await;
+    let client =
+        machine.start("all.sock", &["--role=all", "--node-name=here", &pool, &store]).await;
     println!("| what | measured | goal |\n|---|---|---|");
     for (size, name) in [(8 * GIB, "8g"), (1024 * GIB, "1t")] {
         let mut request = wanted(&format!("origin-{name}"), size, &writer());
@@ -88,7 +89,10 @@ async fn main() {
             samples.push(start(&machine, &client, &clone, &snapshot).await);
             end(&machine, &client, &pool, &clone).await;
         }
-        println!("| create, stage, publish of {name} on the same node | {} ms | <= 300 ms |", median(samples));
+        println!(
+            "| create, stage, publish of {name} on the same node | {} ms | <= 300 ms |",
+            median(samples)
+        );
         if name == "8g" {
             let begun = Instant::now();
             let names: Vec<_> = (0..CLONES).map(|n| format!("many-{n}")).collect();

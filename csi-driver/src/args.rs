@@ -35,7 +35,7 @@ pub struct Args {
     pub repositories: Vec<(String, RepositoryUrl)>,
     /// Serve what a controller asks of this node at this address, with mutual TLS
     #[arg(long, value_name = "ADDRESS", requires = "agent_tls")]
-    pub agent_listen: Option<SocketAddr>,
+    pub agent: Option<SocketAddr>,
     /// The directory with ca.pem, cert.pem and key.pem, for calls between controller and nodes
     #[arg(long, value_name = "DIR")]
     pub agent_tls: Option<PathBuf>,
@@ -82,7 +82,8 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Args::command().debug_assert();
-        let words = ["petra-csi", "--role=node", "--endpoint=unix:///x", "--repository=a=file:///r"];
+        let words =
+            ["petra-csi", "--role=node", "--endpoint=unix:///x", "--repository=a=file:///r"];
         let args = Args::try_parse_from(words).unwrap();
         assert_eq!((args.role, args.endpoint.as_str()), (Role::Node, "unix:///x"));
         assert_eq!(args.repositories.len(), 1);

@@ -60,8 +60,9 @@ impl Service for Identity {
                 Kind::SnapshotMetadataService,
             ]);
         }
-        let services =
-            services.into_iter().map(|kind| Type::Service(ServiceCapability { r#type: kind.into() }));
+        let services = services
+            .into_iter()
+            .map(|kind| Type::Service(ServiceCapability { r#type: kind.into() }));
         let expansion = [volume_expansion::Type::Online, volume_expansion::Type::Offline]
             .map(|kind| Type::VolumeExpansion(VolumeExpansion { r#type: kind.into() }));
         let capabilities = services

@@ -118,9 +118,7 @@ impl Repositories {
         Ok(open.entry(key).or_insert(opened).clone())
     }
 
-    fn lock(
-        &self,
-    ) -> std::sync::MutexGuard<'_, HashMap<(String, blake3::Hash), Arc<Opened>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, blake3::Hash), Arc<Opened>>> {
         self.0.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

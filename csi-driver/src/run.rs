@@ -31,7 +31,7 @@ use crate::proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use crate::repositories::{Repositories, Secrets};
 use crate::socket;
 use crate::telemetry::pools::OfPool;
-use crate::telemetry::{Metrics, Observe, Readings, Source, logs, web};
+use crate::telemetry::{Metrics, Observe, Source, logs, web};
 
 /// What ends a process before its time, with its cause.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -81,17 +81,17 @@ async fn run(args: &Args) -> Result<(), Failure> {
         (None, _) => Some(Arc::new(far_nodes(args)?)),
     };
     let source: Arc<dyn Source> = match (&here, &nodes) {
-        (Some(here), _) => {
-            Arc::new(OfPool { node: here.name.clone(), pool: here.pool.clone() })
-        }
-        (None, nodes) => Arc::new(OfNodes(nodes.clone())),
+        (Some(here), _) => Arc::new(OfPool { node: here.name.clone(), pool: here.pool.clone() }),
+        (None, Some(nodes)) => nodes.clone(),
+        (None, None) => return Err("neither controller nor node".into()),
     };
     let readiness = Arc::new(Ready(source.clone()));
     let identity = Identity::new(nodes.is_some(), readiness);
     let mut routes = Routes::new(IdentityServer::new(identity));
     if let Some(nodes) = nodes {
-        let services =
-            Services(Arc::new(Controller::new(nodes, repositories, Context::default())));
+        let controller =
+            Controller::new(nodes, repositories, metrics.clone(), Context::default());
+        let services = Services(Arc::new(controller));
         routes = routes
             .add_service(ControllerServer::new(services.clone()))
             .add_service(GroupControllerServer::new(services.clone()))
@@ -103,7 +103,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let ended = || end.clone().cancelled_owned();
     let calls = socket::serve(&args.endpoint, routes, observe.clone(), ended());
     let orders = async {
-        if let (Some(here), Some(at), Some(tls)) = (&here, args.agent_listen, &args.agent_tls) {
+        if let (Some(here), Some(at), Some(tls)) = (&here, args.agent, &args.agent_tls) {
             let listener = TcpListener::bind(at).await?;
             let tls = Tls::open(tls)?;
             server::serve(listener, tls, here.agent.clone(), observe, ended()).await?;
@@ -118,8 +118,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
     };
     // The first that fails ends the others.
     let calls = async { ending(&end, calls).await.map_err(Failure::from) };
-    let (calls, orders, pages) =
-        futures::join!(calls, ending(&end, orders), ending(&end, pages));
+    let (calls, orders, pages) = futures::join!(calls, ending(&end, orders), ending(&end, pages));
     calls.and(orders).and(pages)
 }
 
@@ -165,8 +164,7 @@ impl Here {
         let pool = opened.await??;
         let local = LocalAgent::new(pool.clone(), name.clone(), &petra, args.max_volumes)?;
         local.start().await?;
-        let clones =
-            Arc::new(Clones { agent: local.clone(), repositories: repositories.clone() });
+        let clones = Arc::new(Clones { agent: local.clone(), repositories: repositories.clone() });
         let serving = local.serving().clone();
         let (locks, most) = (Locks::default(), args.max_volumes);
         let node = Node::new(pool.clone(), serving, name.clone(), locks, clones, most);
@@ -204,24 +202,5 @@ struct Ready(Arc<dyn Source>);
 impl Readiness for Ready {
     async fn ready(&self) -> Result<(), Status> {
         self.0.ready().await.map_err(Status::unavailable)
-    }
-}
-
-/// What a controller without a pool sees.
-#[derive(Debug)]
-struct OfNodes(Option<Arc<Nodes>>);
-
-#[async_trait]
-impl Source for OfNodes {
-    async fn read(&self) -> Readings {
-        let away = match &self.0 {
-            Some(nodes) => nodes.all().await.away.len() as u64,
-            None => 0,
-        };
-        Readings { pools: vec![], away }
-    }
-
-    async fn ready(&self) -> Result<(), String> {
-        Ok(())
     }
 }

@@ -106,9 +106,7 @@ impl Parameters {
     }
 
     /// The same from the metadata of a volume.
-    pub fn of_metadata<'a>(
-        metadata: impl IntoIterator<Item = (&'a String, &'a String)>,
-    ) -> Self {
+    pub fn of_metadata<'a>(metadata: impl IntoIterator<Item = (&'a String, &'a String)>) -> Self {
         let mut read = Self::default();
         for (key, value) in metadata {
             if let Some(key) = key.strip_prefix(REMEMBERED) {
@@ -171,9 +169,8 @@ impl Parameters {
         let mut rest = template;
         while let Some((before, after)) = rest.split_once("${") {
             filled.push_str(before);
-            let invalid = |what: &str| {
-                Status::invalid_argument(format!("the template {template:?} {what}"))
-            };
+            let invalid =
+                |what: &str| Status::invalid_argument(format!("the template {template:?} {what}"));
             let (word, after) = after.split_once('}').ok_or_else(|| invalid("lacks a }"))?;
             match (word, self.words.get(word)) {
                 (_, Some(value)) => filled.push_str(value),

@@ -35,7 +35,7 @@ async fn a_snapshot_of_one_node_is_cloned_on_another() {
             "--role=node".to_owned(),
             format!("--node-name={name}"),
             format!("--pool={}", pool.display()),
-            format!("--agent-listen={address}"),
+            format!("--agent={address}"),
             format!("--agent-tls={}", authority.issue(NODE).display()),
         ];
         let options: Vec<&str> = options.iter().map(String::as_str).collect();

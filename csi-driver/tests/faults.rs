@@ -85,7 +85,8 @@ impl Stubborn {
         fs::create_dir_all(&staging).unwrap();
         let (staging, target_text) = (text(&staging), text(&target));
         self.call("publish", |client| {
-            let (volume_id, staging, target) = (id.to_owned(), staging.clone(), target_text.clone());
+            let (volume_id, staging, target) =
+                (id.to_owned(), staging.clone(), target_text.clone());
             async move {
                 use petra_csi::proto::csi::{NodePublishVolumeRequest, NodeStageVolumeRequest};
                 let stage = NodeStageVolumeRequest {
@@ -192,7 +193,10 @@ fn kill_at(process: u32, step: u64, log: &std::path::Path) -> Child {
     // It is attached when all threads are traced.
     let begun = Instant::now();
     let tracer = format!("TracerPid:\t{}", child.id());
-    while !fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default().contains(&tracer) {
+    while !fs::read_to_string(format!("/proc/{process}/status"))
+        .unwrap_or_default()
+        .contains(&tracer)
+    {
         assert!(begun.elapsed() < PATIENCE, "strace does not attach");
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -239,8 +243,9 @@ async fn drivers_agents_and_uploads_may_be_killed_at_any_time() {
                 std::thread::sleep(Duration::from_millis(random.u64(50..1500)));
                 let victim = ["petra-csi", "pool agent", "volume upload", "freeze-guard"];
                 let victim = victim[[0, 0, 1, 2, 2, 3][random.usize(..6)]];
-                let killed =
-                    Command::new("pkill").args(["-KILL", "-f", &format!("{victim}.*{home}")]).status();
+                let killed = Command::new("pkill")
+                    .args(["-KILL", "-f", &format!("{victim}.*{home}")])
+                    .status();
                 kills += u64::from(killed.unwrap().success());
             }
             kills
@@ -266,10 +271,11 @@ async fn drivers_agents_and_uploads_may_be_killed_at_any_time() {
         println!("{kills} processes killed");
     });
     // A last call makes sure that a driver is there to clear up.
-    stubborn.call("probe", |client| async move {
-        client.identity.clone().probe(petra_csi::proto::csi::ProbeRequest {}).await
-    })
-    .await;
+    stubborn
+        .call("probe", |client| async move {
+            client.identity.clone().probe(petra_csi::proto::csi::ProbeRequest {}).await
+        })
+        .await;
     stubborn.machine.assert_nothing_left().await;
     wait_until("no pin is left", || stubborn.machine.pins() == 0).await;
     stubborn.machine.petra(&["gc", &stubborn.machine.repository(), "--grace", "0"]);

@@ -17,8 +17,8 @@ use petra_csi::agent::remote::RemoteAgent;
 use petra_csi::agent::server::serve;
 use petra_csi::agent::tls::{CONTROLLER, NODE, Tls};
 use petra_csi::agent::{
-    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo, TakeSnapshotRequest, Upload,
-    Volume,
+    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo,
+    TakeSnapshotRequest, Upload, Volume,
 };
 use petra_csi::telemetry::{Metrics, Observe, Readings, Source};
 use petra_engine::SnapshotId;

@@ -41,7 +41,8 @@ async fn a_claim_is_written_snapshotted_and_cloned() {
     let Some(mut machine) = Machine::new() else { return };
     machine.pool("pool", "xfs");
     let client = machine.start_all().await;
-    let claim = [("csi.storage.k8s.io/pvc/name", "data"), ("csi.storage.k8s.io/pvc/namespace", "team")];
+    let claim =
+        [("csi.storage.k8s.io/pvc/name", "data"), ("csi.storage.k8s.io/pvc/namespace", "team")];
     let mut request = wanted("pvc-1", 512 * MIB, &writer());
     request.parameters = claim.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
     let volume = client.create(request).await.unwrap();
@@ -77,7 +78,8 @@ async fn a_claim_is_written_snapshotted_and_cloned() {
         };
         let stats = client.node.clone().node_get_volume_stats(request).await.unwrap();
         let usage = stats.into_inner().usage;
-        let total = usage.iter().find(|usage| usage.unit() == volume_usage::Unit::Bytes).unwrap().total;
+        let total =
+            usage.iter().find(|usage| usage.unit() == volume_usage::Unit::Bytes).unwrap().total;
         let least = if name == "pvc-2" { 600 } else { 440 };
         assert!(total > least * MIB, "{name} has {total} bytes");
     }
@@ -241,13 +243,18 @@ async fn a_volume_is_rebuilt_from_changed_blocks() {
             write(*offset, (n * 10 + m) as u64, *len);
         }
         device.sync_all().unwrap();
-        snapshots.push(client.ready_snapshot(&volume.volume_id, &format!("s{n}")).await.snapshot_id);
+        snapshots
+            .push(client.ready_snapshot(&volume.volume_id, &format!("s{n}")).await.snapshot_id);
     }
     // The images themselves, to copy blocks from.
     let images: Vec<_> = (0..3)
         .map(|n| {
             let image = machine.path(&format!("s{n}.img"));
-            machine.petra(&["restore", &format!("{}#default/raw/s{n}", machine.repository()), image.to_str().unwrap()]);
+            machine.petra(&[
+                "restore",
+                &format!("{}#default/raw/s{n}", machine.repository()),
+                image.to_str().unwrap(),
+            ]);
             File::open(image).unwrap()
         })
         .collect();
@@ -296,12 +303,16 @@ async fn a_volume_is_rebuilt_from_changed_blocks() {
             target_snapshot_id: snapshots[n].clone(),
             ..Default::default()
         };
-        let stream = client.metadata.clone().get_metadata_delta(request).await.unwrap().into_inner();
+        let stream =
+            client.metadata.clone().get_metadata_delta(request).await.unwrap().into_inner();
         let (_, delta) = blocks(stream, |m| (m.volume_capacity_bytes, m.block_metadata), 256).await;
         let changed: i64 = delta.iter().map(|block| block.size_bytes).sum();
         assert!(changed > 0 && changed < 20 * MIB, "{changed} bytes changed");
         copy(&images[n], &delta);
-        assert_eq!(petra_tests::pool::hash(&machine.path("rebuilt")), petra_tests::pool::hash(&machine.path(&format!("s{n}.img"))));
+        assert_eq!(
+            petra_tests::pool::hash(&machine.path("rebuilt")),
+            petra_tests::pool::hash(&machine.path(&format!("s{n}.img")))
+        );
     }
     let beyond = GetMetadataAllocatedRequest {
         snapshot_id: snapshots[0].clone(),

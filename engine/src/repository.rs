@@ -271,7 +271,9 @@ impl Repository {
             Item::Repository => key::RUNS.to_owned(),
             Item::Experiment(experiment) => key::experiment_prefix(&self.keys, experiment),
             Item::Run { experiment, run } => key::run_prefix(&self.keys, experiment, run),
-            Item::Snapshot { snapshot, .. } => return Ok(vec![Box::pin(self.find(snapshot)).await?.id]),
+            Item::Snapshot { snapshot, .. } => {
+                return Ok(vec![Box::pin(self.find(snapshot)).await?.id]);
+            }
         };
         Ok(self.listed(&prefix).await?.into_iter().map(|entry| entry.session).collect())
     }

@@ -33,8 +33,8 @@ use tokio::sync::Semaphore;
 use tonic::Status;
 
 use super::{
-    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo, Repository, TakeSnapshotRequest,
-    Upload, Volume,
+    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo,
+    Repository, TakeSnapshotRequest, Upload, Volume,
 };
 use crate::failure::{of_engine, of_volume};
 use crate::locks::Locks;

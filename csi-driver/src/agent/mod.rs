@@ -22,8 +22,9 @@ use async_trait::async_trait;
 use tonic::Status;
 
 pub use crate::proto::agent::{
-    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeInfo, Repository, SnapshotMember, SnapshotSource,
-    TakeSnapshotRequest, Upload, UploadMember, Volume, create_volume_request::Source,
+    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeInfo, Repository,
+    SnapshotMember, SnapshotSource, TakeSnapshotRequest, Upload, UploadMember, Volume,
+    create_volume_request::Source,
 };
 
 /// Metadata of volumes and snapshots: the name in the CSI call that made it.

@@ -16,8 +16,8 @@ use tonic::{Code, Request, Response, Status};
 
 use super::tls::{Tls, TlsError};
 use super::{
-    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, NodeAgent,
-    NodeInfo, TakeSnapshotRequest, Upload, Volume,
+    AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, MAX_ANSWER_BYTES,
+    MAX_REQUEST_BYTES, NodeAgent, NodeInfo, TakeSnapshotRequest, Upload, Volume,
 };
 use crate::proto::agent::node_agent_client::NodeAgentClient;
 use crate::proto::agent::{

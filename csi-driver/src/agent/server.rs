@@ -16,10 +16,10 @@ use super::tls::{Tls, TlsError};
 use super::{MAX_ANSWER_BYTES, MAX_REQUEST_BYTES, NodeAgent};
 use crate::proto::agent::node_agent_server::{NodeAgent as Service, NodeAgentServer};
 use crate::proto::agent::{
-    AnnotateVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, DeleteVolumeResponse, DiscardUploadRequest,
-    DiscardUploadResponse, ExpandVolumeRequest, GetInfoRequest, GetVolumeRequest,
-    ListUploadsRequest, ListUploadsResponse, ListVolumesRequest, ListVolumesResponse, NodeInfo,
-    TakeSnapshotRequest, Upload, Volume,
+    AnnotateVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, DeleteVolumeResponse,
+    DiscardUploadRequest, DiscardUploadResponse, ExpandVolumeRequest, GetInfoRequest,
+    GetVolumeRequest, ListUploadsRequest, ListUploadsResponse, ListVolumesRequest,
+    ListVolumesResponse, NodeInfo, TakeSnapshotRequest, Upload, Volume,
 };
 use crate::telemetry::Observe;
 

@@ -45,8 +45,11 @@ impl Ranges {
             byte_offset: signed(range.start),
             size_bytes: signed(range.end - range.start),
         };
-        let mut messages: Vec<Vec<BlockMetadata>> =
-            self.ranges.chunks(self.per_message).map(|some| some.iter().map(block).collect()).collect();
+        let mut messages: Vec<Vec<BlockMetadata>> = self
+            .ranges
+            .chunks(self.per_message)
+            .map(|some| some.iter().map(block).collect())
+            .collect();
         if messages.is_empty() {
             messages.push(vec![]);
         }
@@ -114,7 +117,8 @@ impl Controller {
             Err(_) => return Err(Status::invalid_argument("max_results is negative")),
         };
         let repository = &found.opened.repository;
-        let changed = diff(repository, before, after, &self.ctx).await.map_err(failure::of_engine)?;
+        let changed =
+            diff(repository, before, after, &self.ctx).await.map_err(failure::of_engine)?;
         let changed = changed.ranges.into_iter().map(|range| range.start..range.end);
         Ok(Ranges {
             size_bytes: signed(len_bytes),
@@ -126,11 +130,7 @@ impl Controller {
 }
 
 /// Whole blocks that hold some ranges, which are in order, from an offset on.
-fn blocks(
-    ranges: impl Iterator<Item = Range<u64>>,
-    len_bytes: u64,
-    from: u64,
-) -> Vec<Range<u64>> {
+fn blocks(ranges: impl Iterator<Item = Range<u64>>, len_bytes: u64, from: u64) -> Vec<Range<u64>> {
     let mut blocks: Vec<Range<u64>> = vec![];
     for range in ranges {
         let start = (range.start / BLOCK_BYTES * BLOCK_BYTES).max(from);

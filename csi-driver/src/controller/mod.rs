@@ -23,6 +23,7 @@ use tonic::Status;
 use crate::agent::nodes::{Node, Nodes};
 use crate::locks::Locks;
 use crate::repositories::Repositories;
+use crate::telemetry::Metrics;
 
 pub use service::Services;
 
@@ -32,13 +33,19 @@ pub struct Controller {
     nodes: Arc<Nodes>,
     repositories: Repositories,
     locks: Locks,
+    metrics: Arc<Metrics>,
     ctx: Context,
 }
 
 impl Controller {
     /// A controller of these nodes.
-    pub fn new(nodes: Arc<Nodes>, repositories: Repositories, ctx: Context) -> Self {
-        Self { nodes, repositories, locks: Locks::default(), ctx }
+    pub fn new(
+        nodes: Arc<Nodes>,
+        repositories: Repositories,
+        metrics: Arc<Metrics>,
+        ctx: Context,
+    ) -> Self {
+        Self { nodes, repositories, locks: Locks::default(), metrics, ctx }
     }
 
     /// The node that has a pool.

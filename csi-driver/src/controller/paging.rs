@@ -12,7 +12,9 @@ pub(super) fn page<T>(
     let max = usize::try_from(max_entries)
         .map_err(|_| Status::invalid_argument("max_entries is negative"))?;
     if !token.is_empty() && !is_id(token) {
-        return Err(Status::aborted("the starting token is none of this driver: list from the beginning"));
+        return Err(Status::aborted(
+            "the starting token is none of this driver: list from the beginning",
+        ));
     }
     all.retain(|(id, _)| id.as_str() > token || token.is_empty());
     all.sort_by(|(a, _), (b, _)| a.cmp(b));

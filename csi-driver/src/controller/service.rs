@@ -24,12 +24,18 @@ pub struct Services(pub Arc<Controller>);
 
 #[async_trait]
 impl ControllerService for Services {
-    async fn create_volume(&self, request: Request<CreateVolumeRequest>) -> Answer<CreateVolumeResponse> {
+    async fn create_volume(
+        &self,
+        request: Request<CreateVolumeRequest>,
+    ) -> Answer<CreateVolumeResponse> {
         let volume = Some(self.0.create(request.into_inner()).await?);
         answer(Ok(CreateVolumeResponse { volume }))
     }
 
-    async fn delete_volume(&self, request: Request<DeleteVolumeRequest>) -> Answer<DeleteVolumeResponse> {
+    async fn delete_volume(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Answer<DeleteVolumeResponse> {
         answer(self.0.delete(request.into_inner()).await.map(|()| DeleteVolumeResponse {}))
     }
 
@@ -56,11 +62,17 @@ impl ControllerService for Services {
         answer(self.0.validate(request.into_inner()).await)
     }
 
-    async fn list_volumes(&self, request: Request<ListVolumesRequest>) -> Answer<ListVolumesResponse> {
+    async fn list_volumes(
+        &self,
+        request: Request<ListVolumesRequest>,
+    ) -> Answer<ListVolumesResponse> {
         answer(self.0.list(request.into_inner()).await)
     }
 
-    async fn get_capacity(&self, request: Request<GetCapacityRequest>) -> Answer<GetCapacityResponse> {
+    async fn get_capacity(
+        &self,
+        request: Request<GetCapacityRequest>,
+    ) -> Answer<GetCapacityResponse> {
         answer(self.0.capacity(request.into_inner()).await)
     }
 
@@ -94,22 +106,34 @@ impl ControllerService for Services {
         answer(Ok(ControllerGetCapabilitiesResponse { capabilities }))
     }
 
-    async fn create_snapshot(&self, request: Request<CreateSnapshotRequest>) -> Answer<CreateSnapshotResponse> {
+    async fn create_snapshot(
+        &self,
+        request: Request<CreateSnapshotRequest>,
+    ) -> Answer<CreateSnapshotResponse> {
         let snapshot = Some(self.0.take_one(request.into_inner()).await?);
         answer(Ok(CreateSnapshotResponse { snapshot }))
     }
 
-    async fn delete_snapshot(&self, request: Request<DeleteSnapshotRequest>) -> Answer<DeleteSnapshotResponse> {
+    async fn delete_snapshot(
+        &self,
+        request: Request<DeleteSnapshotRequest>,
+    ) -> Answer<DeleteSnapshotResponse> {
         let request = request.into_inner();
         let deleted = self.0.delete_snapshot(&request.snapshot_id, &request.secrets, false).await;
         answer(deleted.map(|()| DeleteSnapshotResponse {}))
     }
 
-    async fn list_snapshots(&self, request: Request<ListSnapshotsRequest>) -> Answer<ListSnapshotsResponse> {
+    async fn list_snapshots(
+        &self,
+        request: Request<ListSnapshotsRequest>,
+    ) -> Answer<ListSnapshotsResponse> {
         answer(self.0.list_snapshots(request.into_inner()).await)
     }
 
-    async fn get_snapshot(&self, request: Request<GetSnapshotRequest>) -> Answer<GetSnapshotResponse> {
+    async fn get_snapshot(
+        &self,
+        request: Request<GetSnapshotRequest>,
+    ) -> Answer<GetSnapshotResponse> {
         let request = request.into_inner();
         super::check("snapshot id", &request.snapshot_id)?;
         let snapshot = Some(self.0.snapshot(&request.snapshot_id, &request.secrets).await?);
@@ -181,8 +205,10 @@ impl GroupService for Services {
         request: Request<GetVolumeGroupSnapshotRequest>,
     ) -> Answer<GetVolumeGroupSnapshotResponse> {
         let request = request.into_inner();
-        let group =
-            self.0.group(&request.group_snapshot_id, &request.snapshot_ids, &request.secrets).await?;
+        let group = self
+            .0
+            .group(&request.group_snapshot_id, &request.snapshot_ids, &request.secrets)
+            .await?;
         answer(Ok(GetVolumeGroupSnapshotResponse { group_snapshot: Some(group) }))
     }
 }

@@ -147,6 +147,7 @@ impl Controller {
         let opened = self.repositories.open(&url, &wanted.secrets).await?;
         for record in opened.records().await? {
             if record.metadata.get(CSI_NAME) == Some(&wanted.name) {
+                self.metrics.snapshot_uploaded(record.id, &record.stats);
                 return same(Cut::of_record(&record, &short), &wanted);
             }
         }
@@ -337,7 +338,10 @@ impl Controller {
             }
             for (_, upload) in self.uploads().await? {
                 if upload.metadata.contains_key(CSI_NAME) {
-                    cuts.push(Cut::of_upload(&upload, self.repositories.short(&upload.repository))?);
+                    cuts.push(Cut::of_upload(
+                        &upload,
+                        self.repositories.short(&upload.repository),
+                    )?);
                 }
             }
             // One that is both was committed between the two questions.

@@ -78,12 +78,15 @@ impl Sizes {
         if self.fits(size) {
             Ok(size)
         } else {
-            Err(Status::out_of_range(format!("no size from {wanted} bytes to the limit is possible")))
+            Err(Status::out_of_range(format!(
+                "no size from {wanted} bytes to the limit is possible"
+            )))
         }
     }
 
     fn fits(self, size_bytes: u64) -> bool {
-        size_bytes >= self.required_bytes && self.limit_bytes.is_none_or(|limit| size_bytes <= limit)
+        size_bytes >= self.required_bytes
+            && self.limit_bytes.is_none_or(|limit| size_bytes <= limit)
     }
 }
 
@@ -108,7 +111,10 @@ impl Controller {
                 Ok(volume) => {
                     let same = same(&volume, &request.name, &source, sizes, &usages);
                     same.map_err(|what| {
-                        Status::already_exists(format!("volume {} exists with {what}", request.name))
+                        Status::already_exists(format!(
+                            "volume {} exists with {what}",
+                            request.name
+                        ))
                     })?;
                     return Ok(made(info, volume, &request));
                 }
@@ -186,7 +192,9 @@ impl Controller {
             nodes.retain(|node| node.info.pool == pool);
         }
         if nodes.is_empty() {
-            return Err(Status::resource_exhausted("none of the nodes asked for can have the volume"));
+            return Err(Status::resource_exhausted(
+                "none of the nodes asked for can have the volume",
+            ));
         }
         Ok(nodes)
     }
@@ -340,7 +348,9 @@ impl Controller {
         let agent = self.nodes.by_pool(pool).await?;
         let now = agent.volume(name.as_str()).await?.size_bytes;
         if sizes.limit_bytes.is_some_and(|limit| limit < now) {
-            return Err(Status::out_of_range(format!("the volume has {now} bytes, and volumes don't shrink")));
+            return Err(Status::out_of_range(format!(
+                "the volume has {now} bytes, and volumes don't shrink"
+            )));
         }
         let size_bytes = sizes.choose(0)?.max(now);
         let request = ExpandVolumeRequest { name: name.to_string(), size_bytes };
@@ -360,10 +370,8 @@ impl Controller {
         if request.volume_capabilities.is_empty() {
             return Err(Status::invalid_argument("there are no volume capabilities"));
         }
-        let unconfirmed = |message: String| csi::ValidateVolumeCapabilitiesResponse {
-            confirmed: None,
-            message,
-        };
+        let unconfirmed =
+            |message: String| csi::ValidateVolumeCapabilitiesResponse { confirmed: None, message };
         let found = self.found(&request.volume_id, &[].into()).await?;
         let usages = match Usage::of_all(&request.volume_capabilities) {
             Ok(usages) => usages,
@@ -448,8 +456,10 @@ impl Controller {
                     volume_condition: Some(condition(trouble)),
                 };
                 let id = volume.volume_id.clone();
-                let entry =
-                    csi::list_volumes_response::Entry { volume: Some(volume), status: Some(status) };
+                let entry = csi::list_volumes_response::Entry {
+                    volume: Some(volume),
+                    status: Some(status),
+                };
                 all.push((id, entry));
             }
         }

@@ -141,7 +141,8 @@ impl Machine {
                 let inside = fs::read_dir(entry.path().join(kind)).into_iter().flatten().flatten();
                 left.extend(inside.map(|found| found.path().display().to_string()));
             }
-            let uploads = fs::read_dir(entry.path().join("uploads")).into_iter().flatten().flatten();
+            let uploads =
+                fs::read_dir(entry.path().join("uploads")).into_iter().flatten().flatten();
             let uploads = uploads.filter(|f| f.path().extension().is_some_and(|e| e == "json"));
             left.extend(uploads.map(|found| found.path().display().to_string()));
         }
@@ -395,7 +396,8 @@ pub fn from_snapshot(mut request: CreateVolumeRequest, id: &str) -> CreateVolume
 
 pub fn from_volume(mut request: CreateVolumeRequest, id: &str) -> CreateVolumeRequest {
     let source = VolumeSource { volume_id: id.to_owned() };
-    request.volume_content_source = Some(VolumeContentSource { r#type: Some(Type::Volume(source)) });
+    request.volume_content_source =
+        Some(VolumeContentSource { r#type: Some(Type::Volume(source)) });
     request
 }
 

@@ -18,8 +18,8 @@ use tonic::Status;
 
 use super::{LocalAgent, name_of};
 use crate::agent::{
-    ASKED_FILESYSTEM, ASKED_SIZE, ASKED_SOURCE, AnnotateVolumeRequest, CSI_NAME, CreateVolumeRequest, ExpandVolumeRequest,
-    Repository, SnapshotSource, Source, Volume,
+    ASKED_FILESYSTEM, ASKED_SIZE, ASKED_SOURCE, AnnotateVolumeRequest, CSI_NAME,
+    CreateVolumeRequest, ExpandVolumeRequest, Repository, SnapshotSource, Source, Volume,
 };
 use crate::failure::{of_engine, of_volume};
 
