@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use authority::Authority;
+use authority::{Authority, write};
 use petra_csi::agent::nodes::Nodes;
 use petra_csi::agent::remote::RemoteAgent;
 use petra_csi::agent::server::serve;

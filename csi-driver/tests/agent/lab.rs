@@ -38,14 +38,14 @@ impl Node {
     pub fn new(kind: BackendKind) -> Option<Self> {
         let petra = petra()?;
         let pool = TestPool::new(kind)?;
-        let agent = LocalAgent::new(pool.pool.clone(), "here", &petra).unwrap();
+        let agent = LocalAgent::new(pool.pool.clone(), "here", &petra, 0).unwrap();
         let run = pool.pool.run_directory().unwrap();
         Some(Self { agent, run, pool })
     }
 
     /// As after a restart of the driver.
     pub fn restarted(&self) -> LocalAgent {
-        LocalAgent::new(self.pool.reopened(), "here", &petra().unwrap()).unwrap()
+        LocalAgent::new(self.pool.reopened(), "here", &petra().unwrap(), 0).unwrap()
     }
 
     pub fn volume(&self, name: &str) -> Volume {
