@@ -181,11 +181,11 @@ impl Stubborn {
 }
 
 /// Kills whatever of a process and its children comes to its step of this number.
-fn kill_at(process: u32, step: u64, log: &std::path::Path) -> Child {
+fn kill_at(process: u32, step: u64) -> Child {
     let inject = format!("inject={STEPS}:signal=KILL:when={step}");
     let child = Command::new("strace")
         .args(["-f", "-qq", "-e", &format!("trace={STEPS}"), "-e", &inject, "-e", "signal=none"])
-        .args(["-o", log.to_str().unwrap(), "-p", &process.to_string()])
+        .args(["-o", "/dev/null", "-p", &process.to_string()])
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
@@ -209,23 +209,19 @@ async fn a_driver_may_be_killed_at_every_step() {
         return;
     }
     let Some(mut stubborn) = Stubborn::new("xfs").await else { return };
-    let mut kills = 0;
-    let rounds = rounds(14);
+    let rounds = rounds(24);
     for round in 0..rounds {
-        // Each thread counts for itself, and few of them take more than some steps: most rounds are for the first ones.
-        let step = 1 + round * round * 60 / (rounds * rounds).max(1);
-        let log = stubborn.machine.path("strace");
-        let mut strace = kill_at(stubborn.driver(), step, &log);
+        // Each thread counts for itself.
+        let mut strace = kill_at(stubborn.driver(), 1 + round);
         stubborn.life(round).await;
         strace.kill().unwrap();
         strace.wait().unwrap();
-        kills += fs::read_to_string(&log).unwrap_or_default().matches("killed by SIGKILL").count();
         stubborn.machine.assert_nothing_left().await;
         let pins = || stubborn.machine.pins() == 0;
         wait_until("no pin is left", pins).await;
     }
-    assert!(kills > 0, "nothing was killed");
-    println!("{kills} threads killed, {} restarts in {rounds} rounds", stubborn.restarts);
+    assert!(stubborn.restarts > 0, "nothing was killed");
+    println!("{} drivers killed in {rounds} rounds", stubborn.restarts);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -240,9 +236,9 @@ async fn drivers_agents_and_uploads_may_be_killed_at_any_time() {
             let mut random = fastrand::Rng::with_seed(seed);
             let mut kills = 0;
             while !stop.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_millis(random.u64(50..1500)));
+                std::thread::sleep(Duration::from_millis(random.u64(20..500)));
                 let victim = ["petra-csi", "pool agent", "volume upload", "freeze-guard"];
-                let victim = victim[[0, 0, 1, 2, 2, 3][random.usize(..6)]];
+                let victim = victim[[0, 0, 0, 1, 2, 2, 2, 3][random.usize(..8)]];
                 let killed = Command::new("pkill")
                     .args(["-KILL", "-f", &format!("{victim}.*{home}")])
                     .status();
@@ -256,7 +252,7 @@ async fn drivers_agents_and_uploads_may_be_killed_at_any_time() {
                 let stubborn = std::panic::AssertUnwindSafe(&mut stubborn);
                 futures::FutureExt::catch_unwind(std::panic::AssertUnwindSafe(async move {
                     let stubborn = stubborn;
-                    for round in 0..rounds(5) {
+                    for round in 0..rounds(12) {
                         stubborn.0.life(round).await;
                     }
                 }))
@@ -268,6 +264,7 @@ async fn drivers_agents_and_uploads_may_be_killed_at_any_time() {
         if let Err(panic) = lived {
             std::panic::resume_unwind(panic);
         }
+        assert!(kills > 0, "nothing was killed");
         println!("{kills} processes killed");
     });
     // A last call makes sure that a driver is there to clear up.

@@ -42,6 +42,25 @@ impl ClonePin {
         result.map(|()| pin)
     }
 
+    /// The same, or the pin of this id that an earlier call has taken. Calls for one id must not overlap.
+    pub async fn take_or_find(
+        repo: &Repository,
+        id: SnapshotId,
+        snapshot: SnapshotId,
+        ctx: &Context,
+    ) -> Result<Self> {
+        match repo.store().get(&Key::pin(id, 0)).await {
+            Ok(_) => {
+                let pin = Self::taken(repo, id, snapshot);
+                // The earlier call may have died before it asked this.
+                pin.check_readable().await?;
+                Ok(pin)
+            }
+            Err(error) if error.is_not_found() => Self::take_as(repo, id, snapshot, ctx).await,
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// A pin that was taken before, maybe by another process.
     pub fn taken(repo: &Repository, id: SnapshotId, snapshot: SnapshotId) -> Self {
         Self { repo: repo.clone(), id, snapshot }
@@ -54,6 +73,10 @@ impl ClonePin {
         let key = Key::pin(self.id, 0);
         self.repo.store().put(&key, self.repo.seal(kind::PIN, &key, &pin)?).await?;
         // Only now: a Purge that comes later finds the pin.
+        self.check_readable().await
+    }
+
+    async fn check_readable(&self) -> Result<()> {
         if self.repo.is_purged(self.snapshot).await? {
             return Err(Error::Unknown {
                 what: "snapshot",

@@ -25,7 +25,7 @@ use crate::repositories::{Found, Secrets};
 use crate::template::{FROM, Parameters};
 
 /// Metadata of a volume: the id or URL of what it is a clone of.
-const CSI_SOURCE: &str = "csi.source";
+const CSI_SOURCE: &str = "csi.content";
 /// The size of a volume that nobody gave one.
 const DEFAULT_BYTES: u64 = 1 << 30;
 /// Sizes are multiples of this.
@@ -284,15 +284,14 @@ impl Controller {
         }
         let pin = pin_of(&request.name, found.record.id);
         let repository = &found.opened.repository;
-        // Taken before: then this writes the same again.
-        let taken = ClonePin::take_as(repository, pin, found.record.id, &self.ctx).await;
-        taken.map_err(failure::of_engine)?;
         if repository.has_ended(pin).await.map_err(failure::of_engine)? {
             return Err(Status::already_exists(format!(
                 "volume {} was deleted: a new one needs another name",
                 request.name
             )));
         }
+        let taken = ClonePin::take_or_find(repository, pin, found.record.id, &self.ctx).await;
+        taken.map_err(failure::of_engine)?;
         let url = found.url.to_string();
         let handle = VolumeHandle::ReadOnly {
             pin,
