@@ -89,8 +89,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
     let identity = Identity::new(nodes.is_some(), readiness);
     let mut routes = Routes::new(IdentityServer::new(identity));
     if let Some(nodes) = nodes {
-        let controller =
-            Controller::new(nodes, repositories, metrics.clone(), Context::default());
+        let controller = Controller::new(nodes, repositories, metrics.clone(), Context::default());
         let services = Services(Arc::new(controller));
         routes = routes
             .add_service(ControllerServer::new(services.clone()))

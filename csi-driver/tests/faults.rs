@@ -70,12 +70,28 @@ impl Stubborn {
             let nonsense = [Code::InvalidArgument, Code::AlreadyExists, Code::OutOfRange];
             assert!(!nonsense.contains(&status.code()), "{what}: {status}");
             if self.driver() == 0 {
-                self.machine.end_driver("-KILL");
-                self.client = self.machine.start_all().await;
                 self.restarts += 1;
+                self.restart(begun).await;
             } else {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
+        }
+    }
+
+    /// Starts drivers until one lives long enough to answer.
+    async fn restart(&mut self, begun: Instant) {
+        let socket = self.machine.path("all.sock");
+        loop {
+            if self.driver() == 0 {
+                self.machine.end_driver("-KILL");
+                self.machine.launch_all();
+            }
+            if let Ok(client) = Client::connect(&socket).await {
+                self.client = client;
+                return;
+            }
+            assert!(begun.elapsed() < PATIENCE, "no driver: {}", self.machine.log("all.sock"));
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 

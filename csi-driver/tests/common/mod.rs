@@ -106,8 +106,15 @@ impl Machine {
 
     /// Controller and node in one, with the pool `pool`.
     pub async fn start_all(&mut self) -> Client {
+        self.launch_all();
+        self.connect("all.sock").await
+    }
+
+    /// The same, without waiting for it.
+    pub fn launch_all(&mut self) {
         let pool = format!("--pool={}", self.path("pool").display());
-        self.start("all.sock", &["--role=all", "--node-name=here", &pool]).await
+        let options = ["--role=all", "--node-name=here", &pool];
+        self.drivers.push(self.driver("all.sock", &options).spawn().unwrap());
     }
 
     pub async fn connect(&self, socket: &str) -> Client {
@@ -223,7 +230,7 @@ pub struct Client {
 }
 
 impl Client {
-    async fn connect(socket: &Path) -> Result<Self, Status> {
+    pub async fn connect(socket: &Path) -> Result<Self, Status> {
         let socket = socket.to_owned();
         let connect = tower::service_fn(move |_: Uri| {
             let socket = socket.clone();
