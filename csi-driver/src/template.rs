@@ -21,7 +21,7 @@ use tonic::Status;
 use crate::handle::member_name;
 
 /// How Kubernetes' sidecars call what they tell of a claim or snapshot, and how templates call it.
-const WORDS: [(&str, &str); 7] = [
+const WORDS: [(&str, &str); 9] = [
     ("csi.storage.k8s.io/pvc/name", "pvc.name"),
     ("csi.storage.k8s.io/pvc/namespace", "pvc.namespace"),
     ("csi.storage.k8s.io/pv/name", "pv.name"),
@@ -29,6 +29,8 @@ const WORDS: [(&str, &str); 7] = [
     ("csi.storage.k8s.io/volumesnapshot/namespace", "snapshot.namespace"),
     ("csi.storage.k8s.io/volumegroupsnapshot/name", "snapshot.name"),
     ("csi.storage.k8s.io/volumegroupsnapshot/namespace", "snapshot.namespace"),
+    ("csi.storage.k8s.io/volumesnapshotcontent/name", "snapshotcontent.name"),
+    ("csi.storage.k8s.io/volumegroupsnapshotcontent/name", "snapshotcontent.name"),
 ];
 /// What sidecars tell that no template needs.
 const FOREIGN: &str = "csi.storage.k8s.io/";
