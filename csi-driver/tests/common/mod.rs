@@ -79,7 +79,7 @@ impl Machine {
         let at = self.path(name);
         let image = self.path(&format!("{name}.img"));
         let (image, at_text) = (image.to_str().unwrap(), at.to_str().unwrap());
-        let size = ["--size", "16G", "--overcommit", "10000", "--filesystem", filesystem];
+        let size = ["--size", "16G", "--overcommit", "100000", "--filesystem", filesystem];
         self.petra(&[&["pool", "init", image, "--at", at_text], &size[..]].concat());
         at
     }
