@@ -87,11 +87,18 @@ impl LockedVolume {
             return Err(Error::Internal("a copy that is not kept was to be the base"));
         }
         let before = self.state.base.as_ref().map(|base| base.copy);
-        let copy = base.copy;
-        self.change(|state| state.base = Some(base))?;
+        let before = before.filter(|before| *before != base.copy);
+        // In one step: after a crash, the copy before is one that nothing names, which recovery deletes.
+        self.change(|state| {
+            state.base = Some(base);
+            state.copies.retain(|copy| Some(*copy) != before);
+        })?;
         match before {
-            Some(before) if before != copy => self.delete_copy(before),
-            _ => Ok(()),
+            Some(before) => {
+                let copy = self.volume.copy(before);
+                self.volume.pool.backend().delete(&copy)
+            }
+            None => Ok(()),
         }
     }
 
