@@ -26,6 +26,7 @@
 //! | [`proto`] | the generated wire interfaces |
 //! | [`repositories`] | repositories by name, opened once |
 //! | [`run`] | starting and ending a process |
+//! | [`shutdown`] | ending without breaking off what is under way |
 //! | [`socket`] | the Unix socket that calls come through |
 //! | [`telemetry`] | logs, events and metrics |
 //! | [`template`] | experiment, run and names of snapshots, from what Kubernetes says |
@@ -42,6 +43,7 @@ pub mod node;
 pub mod proto;
 pub mod repositories;
 pub mod run;
+pub mod shutdown;
 pub mod socket;
 pub mod telemetry;
 pub mod template;

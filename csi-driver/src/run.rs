@@ -29,9 +29,9 @@ use crate::proto::csi::identity_server::IdentityServer;
 use crate::proto::csi::node_server::NodeServer;
 use crate::proto::csi::snapshot_metadata_server::SnapshotMetadataServer;
 use crate::repositories::{Repositories, Secrets};
-use crate::socket;
 use crate::telemetry::pools::OfPool;
 use crate::telemetry::{Metrics, Observe, Source, logs, web};
+use crate::{shutdown, socket};
 
 /// What ends a process before its time, with its cause.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -64,7 +64,7 @@ async fn run(args: &Args) -> Result<(), Failure> {
     tokio::spawn({
         let end = end.clone();
         async move {
-            socket::asked_to_end().await;
+            shutdown::asked_to_end().await;
             end.cancel();
         }
     });

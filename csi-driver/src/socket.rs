@@ -4,18 +4,14 @@ use std::future::Future;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::service::Routes;
 use tonic::transport::Server;
 
+use crate::shutdown::serve_until;
 use crate::telemetry::Observe;
-
-/// How long calls may go on after the end was asked for: less than the 30 seconds that Kubernetes gives a pod.
-const END_LIMIT: Duration = Duration::from_secs(25);
 
 /// Why a socket can't be served on.
 #[derive(Debug, thiserror::Error)]
@@ -68,47 +64,13 @@ pub async fn serve(
     let path = path(endpoint)?;
     let listener = listen(&path).await?;
     tracing::info!(socket = %path.display(), "calls are served");
-    let (ending, ended) = tokio::sync::oneshot::channel();
-    let shutdown = async move {
-        shutdown.await;
-        tracing::info!("no more calls are taken");
-        // The server is not there any more: nothing to limit.
-        let _ = ending.send(());
-    };
-    let serving = Server::builder()
-        .layer(observe)
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), shutdown);
-    let too_long = async {
-        if ended.await.is_err() {
-            std::future::pending::<()>().await;
-        }
-        tokio::time::sleep(END_LIMIT).await;
-    };
-    let served = tokio::select! {
-        served = serving => served,
-        () = too_long => {
-            tracing::warn!("calls that took too long were given up");
-            Ok(())
-        }
-    };
+    let server = Server::builder().layer(observe).add_routes(routes);
+    let incoming = UnixListenerStream::new(listener);
+    let served =
+        serve_until(shutdown, |end| server.serve_with_incoming_shutdown(incoming, end)).await;
     // A name that is left leads nowhere, and the next start removes it.
     let _ = std::fs::remove_file(&path);
     Ok(served?)
-}
-
-/// Ends at the first SIGTERM or SIGINT.
-pub async fn asked_to_end() {
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        // Without handlers, the signals end the process by themselves.
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
 }
 
 /// Binds a socket. One that a dead process left is replaced.

@@ -21,6 +21,7 @@ use crate::proto::agent::{
     GetVolumeRequest, ListUploadsRequest, ListUploadsResponse, ListVolumesRequest,
     ListVolumesResponse, NodeInfo, TakeSnapshotRequest, Upload, Volume,
 };
+use crate::shutdown::{END_LIMIT, serve_until};
 use crate::telemetry::Observe;
 
 /// Handshakes at the same time. Who is not let in holds a place for a few seconds at most.
@@ -31,9 +32,6 @@ const MAX_CALLS: u32 = 64;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 /// After a failure to accept: too many open files, for example.
 const RETRY: Duration = Duration::from_millis(100);
-/// How long calls may go on after the end was asked for.
-const END_LIMIT: Duration = Duration::from_secs(25);
-
 /// Serves an agent until `shutdown`, and then ends the calls that are under way.
 pub async fn serve(
     listener: TcpListener,
@@ -47,32 +45,14 @@ pub async fn serve(
     let service = NodeAgentServer::new(Served { agent, pool: OnceCell::new() })
         .max_decoding_message_size(MAX_REQUEST_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES);
-    let (ending, ended) = tokio::sync::oneshot::channel();
-    let shutdown = async move {
-        shutdown.await;
-        // The server is not there any more: nothing to limit.
-        let _ = ending.send(());
-    };
-    let serving = Server::builder()
+    let server = Server::builder()
         .layer(observe)
         .max_concurrent_streams(MAX_CALLS)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
-        .add_service(service)
-        .serve_with_incoming_shutdown(ReceiverStream::new(connections), shutdown);
-    let too_long = async {
-        if ended.await.is_ok() {
-            sleep(END_LIMIT).await;
-        } else {
-            std::future::pending::<()>().await;
-        }
-    };
-    let served = tokio::select! {
-        served = serving => served,
-        () = too_long => {
-            tracing::warn!("calls that took too long were given up");
-            Ok(())
-        }
-    };
+        .add_service(service);
+    let incoming = ReceiverStream::new(connections);
+    let served =
+        serve_until(shutdown, |end| server.serve_with_incoming_shutdown(incoming, end)).await;
     accepting.abort();
     served
 }

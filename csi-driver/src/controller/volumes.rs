@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use petra_engine::clone::ClonePin;
 use petra_engine::{Name, SnapshotId};
-use petra_volume::pool::Filesystem;
+use petra_volume::pool::{Filesystem, min_volume_bytes};
 use tonic::{Code, Status};
 
 use super::attributes::mutable;
@@ -211,13 +211,7 @@ impl Controller {
         let filesystem =
             usages.iter().find(|usage| !usage.is_block()).map_or(Filesystem::Raw, |u| u.filesystem);
         // Nobody who names a file system and no size wants to know what the least is.
-        let least = match filesystem {
-            _ if !matches!(origin, Origin::Empty) => 0,
-            Filesystem::Xfs => 300 << 20,
-            Filesystem::Btrfs => 128 << 20,
-            Filesystem::Ext4 => 8 << 20,
-            Filesystem::Raw => 1 << 20,
-        };
+        let least = min_volume_bytes(filesystem);
         let (size_bytes, from) = match origin {
             Origin::Empty => {
                 let wanted = sizes.choose(0)?.max(least);
