@@ -208,9 +208,7 @@ impl FromStr for RepositoryUrl {
                     prefix: prefix.trim_end_matches('/').to_owned(),
                     ..S3Location::default()
                 };
-                if location.bucket.is_empty() {
-                    return Err(bad(url, "it names no bucket"));
-                }
+                check_bucket(url, &location.bucket)?;
                 if prefix.split('/').any(|part| part == "." || part == "..") {
                     return Err(bad(url, "its prefix has a '.' or '..' component"));
                 }
@@ -220,6 +218,20 @@ impl FromStr for RepositoryUrl {
             _ => Err(bad(url, "it begins with neither 's3://' nor 'file://'")),
         }
     }
+}
+
+/// The characters of S3's rules for buckets, with those that its first rules allowed and many servers still do. Others
+/// would lead requests to another place than the one that the URL shows.
+fn check_bucket(url: &str, bucket: &str) -> Result<()> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
+    let name = bucket.replace(TEMPLATE, "experiment");
+    if name.is_empty() {
+        return Err(bad(url, "it names no bucket"));
+    }
+    if !name.bytes().all(allowed) || name.bytes().all(|b| b == b'.') {
+        return Err(bad(url, "a bucket's name is made of a-z, A-Z, 0-9, '-', '.' and '_'"));
+    }
+    Ok(())
 }
 
 /// True for a scheme and a host, whatever follows.
@@ -422,6 +434,9 @@ mod tests {
             ("file://host/x", "ABSOLUTE"),
             ("file:///x?region=a", "takes no"),
             ("s3://", "no bucket"),
+            ("s3://a%2fb", "a bucket's name"),
+            ("s3://a b", "a bucket's name"),
+            ("s3://..", "a bucket's name"),
             ("s3://b/../c", "'..'"),
             ("s3://b?endpoint=127.0.0.1:9000", "http://"),
             ("s3://b?endpoint=http://", "a host"),

@@ -44,6 +44,14 @@ impl ExtentMap {
         Ok(map)
     }
 
+    /// The map that extents make, which are in the order of the file.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn of(range: Range<u64>, extents: impl IntoIterator<Item = FiemapExtent>) -> Self {
+        let mut map = Self { range, stretches: Vec::new() };
+        extents.into_iter().for_each(|extent| map.add(&extent));
+        map
+    }
+
     fn add(&mut self, extent: &FiemapExtent) {
         let end = extent.logical.saturating_add(extent.length).min(self.range.end);
         let start = extent.logical.max(self.range.start);
@@ -51,7 +59,9 @@ impl ExtentMap {
         if start >= end || is_plain && extent.is_unwritten() {
             return;
         }
-        let place = extent.physical.checked_add(start - extent.logical).filter(|_| is_plain);
+        // One that would lie behind the end of all addresses lies nowhere.
+        let is_placed = is_plain && extent.physical.checked_add(end - extent.logical).is_some();
+        let place = is_placed.then(|| extent.physical + (start - extent.logical));
         let overlaps = self.stretches.last().is_some_and(|last| last.range.end > start);
         if overlaps {
             // The file is being changed. All from here on is as good as unknown.

@@ -6,9 +6,7 @@ use crate::sys::fiemap::flag::{ODD, SHARED, UNKNOWN, UNWRITTEN};
 const END: u64 = 60;
 
 fn map(extents: &[FiemapExtent]) -> ExtentMap {
-    let mut map = ExtentMap { range: 0..END, stretches: Vec::new() };
-    extents.iter().for_each(|extent| map.add(extent));
-    map
+    ExtentMap::of(0..END, extents.iter().copied())
 }
 
 fn extent(logical: u64, physical: u64, length: u64, flags: u32) -> FiemapExtent {

@@ -34,6 +34,8 @@ pub mod error;
 pub mod extents;
 pub mod freeze;
 pub mod fuse;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod idle;
 pub mod lazy;
 pub mod mount_options;

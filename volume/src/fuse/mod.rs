@@ -13,5 +13,7 @@
 mod abi;
 mod session;
 
+#[cfg(fuzzing)]
+pub(crate) use abi::parse;
 pub(crate) use session::resident;
 pub use session::{File, IMAGE_NAME, Negotiated, Reply, Session, Zeroing};

@@ -248,6 +248,20 @@ fn sync_directory(path: &Path) -> Result<()> {
     synced.map_err(Error::io("sync", directory))
 }
 
+/// Reads what a presence map has on the disk: the bits of all blocks, one after the other.
+#[cfg(fuzzing)]
+pub(crate) fn read_durable<M: Medium>(
+    medium: M,
+    path: &Path,
+    identity: VolumeIdentity,
+) -> Result<Vec<u64>> {
+    let mut header = vec![0; SLOT];
+    medium.read(&mut header, 0).map_err(Error::io("read", path))?;
+    identity.check(&header, DURABLE_MAGIC, path)?;
+    let pairs = vec![Pair::default(); identity.pages() + 1];
+    Ok(read_slots(&mut Durable { medium, identity, pairs }, path)?.0)
+}
+
 impl<M: Medium> Presence<M> {
     /// Opens a presence map in any medium.
     pub fn load(

@@ -192,7 +192,7 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 }
 
 /// Understands a state. `path` is for errors.
-fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T> {
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T> {
     let damaged =
         |error: serde_json::Error| Error::Damaged { path: path.into(), detail: error.to_string() };
     let Versioned { format } = serde_json::from_slice(bytes).map_err(damaged)?;
