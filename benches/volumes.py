@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Measure live volumes: pauses, changes found from extent maps, clones that start at once.
 
-  volumes.py DIR --petra target/release/petra [--only pause,incremental,clones,device] [--markdown F]
+  volumes.py DIR --petra target/release/petra [--only pause,group,uploads,incremental,clones,device] [--markdown F]
 
 DIR is a directory with 40 GB of room, where pools, images and repositories are made and deleted. It needs root, fio,
 restic, versitygw (a real S3 server), btrfs-progs and xfsprogs. Every figure is one against another of the same run:
 
   pause        how long applications wait for a snapshot while fio writes 200 MB/s, on both kinds of pools; and with an
                image of very many extents
+  group        the same for three volumes at one point in time
+  uploads      fio on a volume while a snapshot of it uploads, after the snapshot, and before it
   incremental  64 MiB changed in a volume of 8 GiB and in one of 256 GiB, against restic, which reads the image
   clones       from the command to a mounted file system: by reference; lazily from S3 on loopback, with and without
                30 ms more for each request, 8 GiB and 1 TiB; then find and cat, and hydration against a restore
@@ -84,6 +86,32 @@ class Bench:
                         "--ioengine=io_uring", "--time_based", f"--runtime={seconds}", *options)
         return json.loads(out[out.index("{"):])["jobs"][0]
 
+    @contextlib.contextmanager
+    def writing(self, target: Path, size: str, rate: str) -> Iterator[None]:
+        """Something that writes all the time."""
+        load = subprocess.Popen(
+            ["fio", "--thread", "--name=x", f"--filename={target}", f"--size={size}", "--bs=128k", "--rw=randwrite", "--direct=1",
+             "--ioengine=io_uring", "--iodepth=8", f"--rate={rate}", "--time_based", "--runtime=600"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            yield
+        finally:
+            load.kill()
+            load.wait()
+            # The kernel closes what io_uring had open a little later.
+            time.sleep(1)
+
+    def pauses(self, root: Path, *volumes: str) -> list[float]:
+        """How long the applications waited, in ms, for each of 20 snapshots."""
+        pauses = []
+        for _ in range(20):
+            taken = self.run("volume", "snapshot", "--pool", root, *volumes, f"{self.directory}/repo#e/r", "--later")
+            pauses.append(taken["pause_ms"])
+            self.run("volume", "upload", "--pool", root, "--give-up", taken["upload"])
+            # The room of a deleted copy is given back in the background, which would slow the next snapshot down.
+            time.sleep(2)
+        return pauses
+
 
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share))]
@@ -105,27 +133,69 @@ def pause(bench: Bench) -> None:
                               seconds=30)
                     bench.run("volume", "upload", "--pool", root, "--give-up", kept["upload"])
                 extents = bench.run("volume", "info", "--pool", root, "v")["usage"]["extents"]
-                load = subprocess.Popen(
-                    ["fio", "--thread", "--name=x", f"--filename={bench.directory / 'at/file'}", "--size=3G", "--bs=128k", "--rw=randwrite",
-                     "--direct=1", "--ioengine=io_uring", "--iodepth=8", "--rate=200m", "--time_based", "--runtime=600"],
-                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-                time.sleep(2)
-                pauses, walls = [], []
-                for _ in range(20):
-                    begun = time.monotonic()
-                    taken = bench.run("volume", "snapshot", "--pool", root, "v", f"{bench.directory}/repo#e/r", "--later")
-                    walls.append(time.monotonic() - begun)
-                    pauses.append(taken["pause_ms"])
-                    bench.run("volume", "upload", "--pool", root, "--give-up", taken["upload"])
-                    # The room of a deleted copy is given back in the background, which would slow the next snapshot down.
+                with bench.writing(bench.directory / "at/file", "3G", "200m"):
                     time.sleep(2)
-                load.kill()
-                load.wait()
-                # The kernel closes what io_uring had open a little later.
-                time.sleep(1)
-                bench.row(f"pause on {kind}{label} ({extents} extents), fio writing 200 MB/s",
-                          f"median {statistics.median(pauses):.0f} ms, worst of 20 {max(pauses):.0f} ms; "
-                          f"the whole command {statistics.median(walls):.2f} s", "<= 100 ms at p99")
+                    pauses = bench.pauses(root, "v")
+                bench.row(f"pause on {kind}{label} ({extents} extents), fio writing 200 MB/s", spread(pauses), "<= 100 ms at p99")
+
+
+def group(bench: Bench) -> None:
+    names = ("a", "b", "c")
+    for kind in KINDS:
+        with bench.pool(kind) as root, contextlib.ExitStack() as loads:
+            for name in names:
+                at = bench.directory / f"at-{name}"
+                bench.run("volume", "create", "--pool", root, name, "--size", "4G")
+                bench.run("volume", "mount", "--pool", root, name, at)
+                write_noise(at / "file", GIB, 2)
+                loads.enter_context(bench.writing(at / "file", "1G", "66m"))
+            time.sleep(2)
+            pauses = bench.pauses(root, *names)
+            bench.row(f"pause of three volumes on {kind}, fio writing 66 MB/s to each", spread(pauses), "<= 100 ms at p99")
+
+
+def spread(pauses: list[float]) -> str:
+    return f"median {statistics.median(pauses):.0f} ms, worst of {len(pauses)} {max(pauses):.0f} ms"
+
+
+# ------------------------------------------------------------------------------------------------- uploads
+
+def uploads(bench: Bench) -> None:
+    mix = ("--size=1G", "--bs=4k", "--rw=randrw", "--rwmixread=50", "--iodepth=8")
+    jobs = (("a mix of 4 KiB, as fast as it goes", mix), ("the same at 5,000 IOPS each way", (*mix, "--rate_iops=5000")),
+            ("1 MiB writes at 200 MB/s", ("--size=1G", "--bs=1m", "--rw=write", "--iodepth=4", "--rate=200m")))
+    for kind in KINDS:
+        with bench.pool(kind) as root:
+            at = bench.directory / "at"
+            bench.run("volume", "create", "--pool", root, "v", "--size", "8G")
+            bench.run("volume", "mount", "--pool", root, "v", at)
+            write_noise(at / "file", GIB, 2)
+            write_noise(at / "data", 5 * GIB, 3)
+            for job, options in jobs:
+                def measure() -> tuple[float, float]:
+                    found = bench.fio(at / "file", *options, seconds=15)
+                    sides = [found[side] for side in ("read", "write") if found[side]["total_ios"]]
+                    return (sum(side["bw_bytes"] for side in sides) / MIB,
+                            max(side["clat_ns"]["percentile"]["99.000000"] for side in sides) / 1e6)
+
+                repository = bench.directory / "uploads"
+                bench.run("init", repository)
+                alone = measure()
+                # What is written after a snapshot has no place yet.
+                taken = bench.run("volume", "snapshot", "--pool", root, "v", f"{repository}#e/r", "--later")
+                upload = subprocess.Popen([bench.petra, "volume", "upload", "--pool", str(root), taken["upload"], "--quiet"],
+                                          env=bench.environment)
+                beside = measure()
+                still = upload.poll() is None
+                upload.wait()
+                kept = bench.run("volume", "snapshot", "--pool", root, "v", f"{repository}#e/r", "--later")
+                after = measure()
+                bench.run("volume", "upload", "--pool", root, "--give-up", kept["upload"])
+                shutil.rmtree(repository)
+                for what, (rate, latency) in (("while it uploads" + ("" if still else ", which ended before"), beside),
+                                              ("after a snapshot, no upload", after)):
+                    bench.row(f"{kind}: {job}, {what}", f"{rate / alone[0]:.2f} of {alone[0]:.0f} MiB/s; "
+                              f"p99 {latency / alone[1]:.2f} x {alone[1]:.2f} ms", ">= 0.9; <= 1.3 x")
 
 
 # ------------------------------------------------------------------------------------------------- changes
@@ -339,17 +409,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--petra", required=True)
-    parser.add_argument("--only", default="pause,incremental,clones,device")
+    parser.add_argument("--only", default="pause,group,uploads,incremental,clones,device")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     work = options.directory.resolve() / "volumes-work"
     work.mkdir()
     bench = Bench(os.path.abspath(options.petra), work)
     try:
-        if set(options.only.split(",")) & {"pause", "device"}:
+        if set(options.only.split(",")) & {"pause", "group", "device"}:
             bench.run("init", f"{work}/repo")
         for name in options.only.split(","):
-            {"pause": pause, "incremental": incremental, "clones": clones, "device": device}[name](bench)
+            {"pause": pause, "group": group, "uploads": uploads, "incremental": incremental, "clones": clones,
+             "device": device}[name](bench)
     finally:
         table = ["| what | measured | goal |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in bench.rows)]
         print("\n".join(table))

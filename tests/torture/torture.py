@@ -37,6 +37,7 @@ MIB = 1 << 20
 WRITERS = 4
 VOLUME_BYTES = 192 * MIB  # three segments, mostly holes
 EXTENT_BYTES = 96 << 10
+KEPT = 8  # snapshots that are not deleted
 RETRY = 4  # the exit code for what may succeed when it is tried again
 
 
@@ -155,11 +156,13 @@ def live(world: World, random_: random.Random) -> Optional[Snapshot]:
 
 def deleter(world: World, seed: int) -> None:
     random_ = random.Random(f"deleter {seed}")
+    many = 0
     while not world.stop.is_set():
-        time.sleep(random_.random())
+        # The more there are the faster: what is left in the end is all restored, and taken again.
+        time.sleep(random_.random() / max(1, many - KEPT))
         with world.lock:
-            many = sum(s.acknowledged and not s.deleting for s in world.ledger.values()) > 8
-        snapshot = live(world, random_) if many else None
+            many = sum(s.acknowledged and not s.deleting for s in world.ledger.values())
+        snapshot = live(world, random_) if many > KEPT else None
         if snapshot is None:
             continue
         snapshot.deleting = True
