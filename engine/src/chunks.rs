@@ -20,7 +20,7 @@ use crate::format::frame::{self, FrameLocation};
 use crate::id::{ChunkId, PackId};
 use crate::key::Key;
 use crate::progress::Event;
-use crate::relocation;
+use crate::relocation::{self, Copied};
 use crate::repository::Repository;
 use crate::target::Sink;
 use crate::verify::describe;
@@ -131,7 +131,15 @@ impl ChunkReader {
         losses: Vec<Loss>,
         outcome: &mut Outcome,
     ) -> Result<Vec<Request<FramePlan>>> {
-        let (copies, damage) = match self.repo.relocations(pack).await {
+        let has_all = |copies: &[Copied]| {
+            let has = |(frame, placements): &FramePlan| {
+                placements.iter().all(|Placement { offset, len, .. }| {
+                    copies.iter().any(|copy| copy.to.chunk(frame.offset, *offset, *len).is_some())
+                })
+            };
+            losses.iter().all(|loss| has(&loss.plan))
+        };
+        let (copies, damage) = match self.repo.relocations(pack, has_all).await {
             Ok(copies) => (copies, None),
             Err(error) if error.is_damage() => (Vec::new().into(), Some(describe(&error))),
             Err(error) => return Err(error),

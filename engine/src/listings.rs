@@ -72,7 +72,8 @@ pub(crate) async fn mend(repo: &Repository, finding: &Finding<'_>, ctx: &Context
         Finding::Lost { record, key, .. } => {
             let names =
                 CatalogueEntry { experiment: record.experiment.clone(), run: record.run.clone() };
-            // A damaged entry is replaced by one that says what it must have said.
+            // What a damaged one must have said. Stores may refuse to change an object.
+            repo.store().delete(key).await?;
             repo.store().put(key, repo.seal(kind::CATALOGUE, key, &names)?).await?;
         }
         Finding::Stray(key) => repo.store().delete(key).await?,

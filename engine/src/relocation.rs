@@ -22,7 +22,8 @@ use crate::tree;
 /// A piece that was moved more often is taken for lost: a bound for what a damaged repository, one that points in
 /// circles, can make a reader do. Each compaction of a piece is a move, so it is far above what years can bring.
 pub(crate) const MAX_MOVES: usize = 10_000;
-/// What is remembered of relocations: they never change, so nothing is ever wrong, but memory is bounded.
+/// What is remembered of relocations. They never change, but a repair may add one, so what they don't have is looked for
+/// again. Memory is bounded.
 const CACHE_ENTRIES: usize = 1 << 20;
 
 /// What one compaction made of a pack.
@@ -49,23 +50,34 @@ impl RelocationCache {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).by_pack.get(&pack).cloned()
     }
 
+    /// Forgets everything.
+    pub(crate) fn clear(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Cached::default();
+    }
+
     fn insert(&self, pack: PackId, copies: &Arc<[Copied]>) {
         let size = |copy: &Copied| 1 + copy.to.runs.len() + copy.to.blocks.len();
-        let size: usize = copies.iter().map(size).sum();
+        let size = |copies: &[Copied]| -> usize { copies.iter().map(size).sum() };
         let mut cached = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if cached.entries + size > CACHE_ENTRIES {
+        if cached.entries + size(copies) > CACHE_ENTRIES {
             *cached = Cached::default();
         }
-        cached.entries += size;
-        cached.by_pack.insert(pack, copies.clone());
+        cached.entries += size(copies);
+        if let Some(before) = cached.by_pack.insert(pack, copies.clone()) {
+            cached.entries -= size(&before);
+        }
     }
 }
 
 impl Repository {
     /// Where the pieces of a pack that is gone are now: one relocation for each compaction that copied it. Empty when
-    /// there was none.
-    pub(crate) async fn relocations(&self, pack: PackId) -> Result<Arc<[Copied]>> {
-        if let Some(known) = self.relocation_cache().get(pack) {
+    /// there was none. Those that are remembered are not looked for again if they `suffice`.
+    pub(crate) async fn relocations(
+        &self,
+        pack: PackId,
+        suffice: impl Fn(&[Copied]) -> bool + Send,
+    ) -> Result<Arc<[Copied]>> {
+        if let Some(known) = self.relocation_cache().get(pack).filter(|known| suffice(known)) {
             return Ok(known);
         }
         let (mut found, mut damage) = (Vec::new(), None);
@@ -120,7 +132,9 @@ impl Repository {
 
     /// Where a manifest block is now whose pack is gone.
     pub(crate) async fn relocated_block(&self, block: &BlockRef) -> Result<Vec<BlockRef>> {
-        let relocations = self.relocations(block.pack).await?;
+        let at = (block.offset, block.len);
+        let has = |copies: &[Copied]| copies.iter().any(|copy| copy.to.block(at.0, at.1).is_some());
+        let relocations = self.relocations(block.pack, has).await?;
         let moved = relocations.iter().filter_map(|copy| copy.to.block(block.offset, block.len));
         let digest = block.digest;
         let place =
@@ -148,7 +162,7 @@ impl Relocator<'_> {
             if (self.is_there)(at.pack) {
                 break;
             }
-            let copies = self.repo.relocations(at.pack).await?;
+            let copies = self.repo.relocations(at.pack, |_| true).await?;
             let mut next = None;
             for copy in copies.iter() {
                 if let Some(to) = copy.to.block(at.offset, at.len) {
@@ -172,7 +186,7 @@ impl Relocator<'_> {
             self.packs.extend(&gone);
             let mut copies = BTreeMap::new();
             for pack in gone.into_iter().filter(|pack| !(self.is_there)(*pack)) {
-                let found = self.repo.relocations(pack).await?;
+                let found = self.repo.relocations(pack, |_| true).await?;
                 if !found.is_empty() {
                     self.packs.extend(found.iter().map(|copy| copy.table.pack));
                     copies.insert(pack, found);

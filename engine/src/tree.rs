@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::crypto::Piece;
 use crate::error::{Error, Result};
 use crate::fetch::{Span, coalesce};
-use crate::format::block::{BlockKind, BlockRef};
+use crate::format::block::{self, BlockKind, BlockRef};
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::{self, Child, FAN_OUT, Node};
 use crate::format::{self, SEGMENT_BYTES};
@@ -177,6 +177,10 @@ pub fn decode_leaf(
 
 /// Reads a block, wherever compactions moved it.
 pub(crate) async fn read_block(repo: &Repository, block: &BlockRef) -> Result<bytes::Bytes> {
+    if block.len as usize > block::MAX_STORED_BYTES {
+        let detail = "no block is so long".to_owned();
+        return Err(Error::Damaged { object: describe(block), detail });
+    }
     let mut places = vec![*block];
     let mut tried = BTreeSet::new();
     while let Some(place) = places.pop() {

@@ -118,10 +118,12 @@ pub async fn verify(
     };
     let within = |id| only.map_or_else(|| survey.is_within(id, scope), |only| only == id);
     check.small_objects(&survey, *scope == Item::Repository, within);
+    let mut checked = Vec::new();
     for record in survey.committed().filter(|record| within(record.id)) {
         if survey.is_deleted(record.id) {
             continue;
         }
+        checked.push(record.id);
         check.report.snapshots += 1;
         let known = check.report.problems.clone();
         for volume in &record.volumes {
@@ -134,7 +136,7 @@ pub async fn verify(
         }
     }
     if options.read_data {
-        check.footers().await?;
+        check.footers(&checked).await?;
     }
     check.report.packs = check.used.len() as u64;
     Ok(check.report)
@@ -296,7 +298,7 @@ impl Check<'_> {
 
     /// Checks the footers of all packs that are used. No snapshot needs them, but they tell of damage. That of packs
     /// that a repair has set aside is known.
-    async fn footers(&mut self) -> Result<()> {
+    async fn footers(&mut self, snapshots: &[SnapshotId]) -> Result<()> {
         let mut used: Vec<PackId> = self.used.difference(&self.quarantined).copied().collect();
         used.sort();
         let this = &*self;
@@ -311,6 +313,11 @@ impl Check<'_> {
             match result {
                 Ok(()) => {}
                 Err(error) if error.is_damage() => {
+                    if matches!(error, Error::Missing { .. })
+                        && self.was_collected(pack, snapshots).await?
+                    {
+                        continue;
+                    }
                     let (_, detail) = describe(&error);
                     let object = Key::pack(pack).to_string();
                     self.report.problems.push(Problem { object, detail, affected: vec![] });
@@ -321,14 +328,34 @@ impl Check<'_> {
         Ok(())
     }
 
+    /// True when a pack that was there may be gone for a good reason: it was compacted, or a snapshot was purged.
+    async fn was_collected(&self, pack: PackId, snapshots: &[SnapshotId]) -> Result<bool> {
+        if !self.repo.relocations(pack, |_| false).await?.is_empty() {
+            return Ok(true);
+        }
+        for snapshot in snapshots {
+            if self.repo.is_purged(*snapshot).await? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     async fn footer(&self, pack: PackId, len: u64) -> Result<()> {
         self.ctx.check()?;
-        let (store, key) = (self.repo.store(), Key::pack(pack));
-        let header = store.get_range(&key, 0..pack::HEADER_BYTES as u64).await?;
-        let trailer = store.get_range(&key, len.saturating_sub(TRAILER_BYTES as u64)..len).await?;
+        let key = Key::pack(pack);
+        let read = async |range| match self.repo.store().get_range(&key, range).await {
+            Err(error) if error.is_not_found() => Err(Error::Missing {
+                object: key.to_string(),
+                needed_by: "a committed snapshot".to_owned(),
+            }),
+            read => Ok(read?),
+        };
+        let header = read(0..pack::HEADER_BYTES as u64).await?;
+        let trailer = read(len.saturating_sub(TRAILER_BYTES as u64)..len).await?;
         let (footer_len, _) = pack::read_trailer(&trailer).map_err(|error| error.of(&key))?;
         let tail_at = len.saturating_sub((footer_len + TRAILER_BYTES) as u64);
-        let tail = store.get_range(&key, tail_at..len).await?;
+        let tail = read(tail_at..len).await?;
         pack::read_footer(pack, self.repo.keys(), &header, &tail, len)
             .map_err(|error| error.of(&key))?;
         Ok(())

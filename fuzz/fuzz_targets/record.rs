@@ -6,6 +6,8 @@ use petra_engine::crypto::Slot;
 use petra_engine::format::envelope;
 use petra_engine::key::Key;
 use petra_engine::record::{CatalogueEntry, Config, Decision, Grave, Mark, Pin, kind};
+use petra_engine::retention::Policy;
+use petra_engine::start::StartList;
 
 fuzz_target!(|input: (u8, &[u8])| {
     let (choice, json) = input;
@@ -19,6 +21,10 @@ fuzz_target!(|input: (u8, &[u8])| {
         kind::CATALOGUE,
         kind::KEY,
         kind::GRAVE,
+        kind::END,
+        kind::MOVE,
+        kind::START,
+        kind::POLICIES,
     ];
     let kind = kinds[usize::from(choice) % kinds.len()];
     let sealed = envelope::seal_json(kind, &key, json);
@@ -31,4 +37,6 @@ fuzz_target!(|input: (u8, &[u8])| {
     let _ = envelope::unseal::<Mark>(kind, &key, &sealed);
     let _ = envelope::unseal::<CatalogueEntry>(kind, &key, &sealed);
     let _ = envelope::unseal::<Slot>(kind, &key, &sealed);
+    let _ = envelope::unseal::<StartList>(kind, &key, &sealed);
+    let _ = envelope::unseal::<Policy>(kind, &key, &sealed);
 });

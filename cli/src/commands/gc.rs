@@ -53,6 +53,12 @@ impl Gc {
         let activity = session.activity("gc");
         let report = collect(&repository, &options, &activity.context).await.at(&url)?;
         drop(activity);
+        if report.damaged_packs > 0 {
+            let packs = count(report.damaged_packs, "pack");
+            session.out.warn(&format!(
+                "{packs} could not be compacted, since what is needed of them is damaged; `petra verify {url}` says whose it is"
+            ));
+        }
         let document = Document { url: url.to_string(), dry_run: self.dry_run, report: &report };
         session.out.report(&document, || text(&report, self.dry_run))
     }
@@ -71,6 +77,7 @@ fn text(report: &CollectReport, dry_run: bool) -> String {
         .add("packs compacted", compacted)
         .add("snapshots purged", report.purged.to_string())
         .add("deleted, in grace", report.in_grace.to_string())
+        .add("ids written down", report.buried.to_string())
         .add("writers given up", report.aborted_sessions.to_string());
     fields.render()
 }

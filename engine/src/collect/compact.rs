@@ -24,10 +24,12 @@ use crate::record::{Decision, Move, kind};
 use crate::repository::{Repository, stamp};
 use crate::workers::Workers;
 
-/// Bytes that are needed of the packs of one batch, so that their lists fit in memory: some 100,000 chunks.
-const BATCH_BYTES: u64 = 2 << 30;
+/// Bytes that are needed of the packs of one batch: what a collector that is killed does again.
+const BATCH_BYTES: u64 = 16 << 30;
 /// Packs of one batch.
 const BATCH_PACKS: usize = 4096;
+/// Chunks and manifest blocks of one batch: some 200 MiB of memory. Where there are more, some packs wait for the next.
+const BATCH_PIECES: usize = 2 << 20;
 /// A pack with less garbage than a sixteenth is not worth copying, whatever share of garbage is allowed: headers and
 /// footers count as garbage here, and every copy has them again. One that was copied for them would be copied for ever.
 const MIN_WASTE_SHARE: u64 = 16;
@@ -44,7 +46,7 @@ pub(super) async fn compact(
     ctx: &Context,
 ) -> Result<bool> {
     let victims = choose(view, inventory, options, report.damaged_packs);
-    if victims.is_empty() {
+    if victims.packs.is_empty() {
         return Ok(false);
     }
     let session = ctx.host.new_id();
@@ -65,13 +67,8 @@ pub(super) async fn compact(
 }
 
 /// The packs with the largest share of garbage, as many as it takes to come below the allowed waste.
-fn choose(
-    view: &View,
-    inventory: &Inventory,
-    options: &CollectOptions,
-    damaged: u64,
-) -> BTreeMap<PackId, Wanted> {
-    let mut victims = BTreeMap::new();
+fn choose(view: &View, inventory: &Inventory, options: &CollectOptions, damaged: u64) -> Victims {
+    let mut victims = Victims::new(BATCH_PIECES);
     // Damage was found by the last batch, and would be again.
     let Some(percent) = options.max_waste_percent.filter(|_| damaged == 0) else { return victims };
     let waste = |pack: &StoredPack| pack.len - pack.needed.min(pack.len);
@@ -91,12 +88,12 @@ fn choose(
     candidates.sort_by_key(|pack| (pack.needed * 1000 / pack.len.max(1), pack.id));
     let mut bytes = 0;
     for pack in candidates {
-        if wasted <= allowed || victims.len() == BATCH_PACKS || bytes > BATCH_BYTES {
+        if wasted <= allowed || victims.packs.len() == BATCH_PACKS || bytes > BATCH_BYTES {
             break;
         }
         wasted -= waste(&pack);
         bytes += pack.needed;
-        victims.insert(pack.id, Wanted::default());
+        victims.packs.insert(pack.id, Wanted::default());
     }
     victims
 }
@@ -116,21 +113,51 @@ struct WantedFrame {
     chunks: BTreeMap<u32, (ChunkId, u32)>,
 }
 
-impl Needed for BTreeMap<PackId, Wanted> {
+impl Wanted {
+    fn pieces(&self) -> usize {
+        self.blocks.len() + self.frames.values().map(|frame| frame.chunks.len()).sum::<usize>()
+    }
+}
+
+/// The packs of one batch.
+struct Victims {
+    packs: BTreeMap<PackId, Wanted>,
+    /// What they have together.
+    pieces: usize,
+    most: usize,
+}
+
+impl Victims {
+    fn new(most: usize) -> Self {
+        Self { packs: BTreeMap::new(), pieces: 0, most }
+    }
+}
+
+impl Needed for Victims {
     fn need(&mut self, piece: Piece) {
-        let Some(wanted) = self.get_mut(&piece.pack()) else { return };
-        match piece {
+        let Some(wanted) = self.packs.get_mut(&piece.pack()) else { return };
+        let is_new = match piece {
             Piece::Block(kind, block) => {
-                wanted.blocks.insert(block.offset, (kind, block));
+                wanted.blocks.insert(block.offset, (kind, block)).is_none()
             }
             Piece::Chunk { id, frame, offset, len } => {
                 let frame = wanted
                     .frames
                     .entry(frame.offset)
                     .or_insert_with(|| WantedFrame { location: frame, chunks: BTreeMap::new() });
-                frame.chunks.insert(offset, (id, len));
+                frame.chunks.insert(offset, (id, len)).is_none()
             }
+        };
+        self.pieces += usize::from(is_new);
+        if self.pieces > self.most && self.packs.len() > 1 {
+            let last = self.packs.pop_last();
+            self.pieces -= last.map_or(0, |(_, wanted)| wanted.pieces());
         }
+    }
+
+    fn knows(&self, _pack: PackId) -> bool {
+        // The walk before this one asked.
+        true
     }
 }
 
@@ -139,7 +166,7 @@ async fn copy(
     repo: &Repository,
     view: &View,
     session: SnapshotId,
-    mut victims: BTreeMap<PackId, Wanted>,
+    mut victims: Victims,
     report: &mut CollectReport,
     ctx: &Context,
 ) -> Result<bool> {
@@ -147,10 +174,10 @@ async fn copy(
     if Walk::new(repo, view, ctx).run(&mut victims).await?.is_none() {
         return Ok(false);
     }
-    claim(repo, session, &mut victims, ctx).await?;
+    claim(repo, session, &mut victims.packs, ctx).await?;
     let workers = Workers::start(ctx)?;
     let mut copier = Copier::new(session, repo.keys(), ctx)?;
-    for (pack, wanted) in victims {
+    for (pack, wanted) in victims.packs {
         ctx.check()?;
         let copied;
         (copier, copied) = copy_pack(repo, pack, wanted, copier, &workers, ctx).await?;
@@ -185,11 +212,20 @@ async fn claim(
             if other == session {
                 continue;
             }
-            let decision = repo.decision(other).await?;
-            if !matches!(decision, Some(Decision::Abort { .. })) {
+            let is_at_it = match repo.decision(other).await? {
+                None => true,
+                Some(Decision::Compaction { moves, .. }) => {
+                    moves.iter().any(|moved| moved.source == pack)
+                }
+                Some(_) => false,
+            };
+            if is_at_it {
                 // Two copies would do no harm, but take twice the space.
                 victims.remove(&pack);
             }
+        }
+        if !victims.contains_key(&pack) {
+            repo.store().delete(&key).await?;
         }
     }
     Ok(())
@@ -460,6 +496,7 @@ impl Copier {
         self.complete.extend(open.map(PackBuilder::finish));
         moves
     }
+
     /// The open pack of this kind.
     fn open(&mut self, kind: PackKind) -> &mut PackBuilder {
         let slot = match kind {
@@ -471,5 +508,29 @@ impl Copier {
             self.next_number += 1;
             PackBuilder::new(PackId { session: self.session, number }, kind, &self.keys)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_has_no_more_pieces_than_fit_in_memory() {
+        let pack = |number| PackId { session: SnapshotId::from_parts(1, 1), number };
+        let mut victims = Victims::new(10);
+        victims.packs.extend((0..4).map(|number| (pack(number), Wanted::default())));
+        for n in 0..40 {
+            let location =
+                FrameLocation { pack: pack(n % 4), offset: n / 8, stored_len: 1, raw_len: 1 };
+            let piece =
+                Piece::Chunk { id: ChunkId([0; 32]), frame: location, offset: n / 4 % 2, len: 1 };
+            victims.need(piece);
+            // The same once more is no more.
+            victims.need(piece);
+            assert!(victims.pieces <= 10, "{} after {n}", victims.pieces);
+        }
+        assert_eq!(victims.packs.keys().copied().collect::<Vec<_>>(), [pack(0)]);
+        assert_eq!((victims.pieces, victims.packs.values().map(Wanted::pieces).sum()), (10, 10));
     }
 }

@@ -77,6 +77,11 @@ impl Inventory {
         }
     }
 
+    /// True for a pack that was listed.
+    pub fn has(&self, pack: PackId) -> bool {
+        self.packs.binary_search_by_key(&pack, |(id, _)| *id).is_ok()
+    }
+
     /// All packs, in the order of their ids.
     pub fn iter(&self) -> impl Iterator<Item = StoredPack> {
         self.packs.iter().zip(self.bits.chunks(self.words)).map(|((id, len), bits)| {

@@ -13,6 +13,7 @@ use crate::format::leaf::Leaf;
 use crate::format::node::Child;
 use crate::format::relocation::Relocation;
 use crate::id::{ChunkId, PackId, SnapshotId};
+use crate::key::Key;
 use crate::record::VolumeRecord;
 use crate::repository::Repository;
 use crate::tree;
@@ -66,6 +67,9 @@ impl Piece {
 pub(super) trait Needed: Send {
     /// One piece.
     fn need(&mut self, piece: Piece);
+
+    /// True when it is known that a pack is stored.
+    fn knows(&self, pack: PackId) -> bool;
 }
 
 impl Needed for Inventory {
@@ -84,6 +88,10 @@ impl Needed for Inventory {
                 self.need(frame.pack, scale(offset), scale(offset + len));
             }
         }
+    }
+
+    fn knows(&self, pack: PackId) -> bool {
+        self.has(pack)
     }
 }
 
@@ -218,10 +226,27 @@ impl<'a> Walk<'a> {
             if covered {
                 self.moved.insert(piece.pack());
             } else {
+                if !needed.knows(piece.pack()) {
+                    self.must_be_in_place(piece.pack()).await?;
+                }
                 needed.need(piece);
             }
         }
         Ok(())
+    }
+
+    /// Fails for a pack that was copied and is gone, of which a piece is needed that no list of copies names: the piece's
+    /// copies can't be told from garbage then.
+    async fn must_be_in_place(&self, pack: PackId) -> Result<()> {
+        match self.repo.store().get_range(&Key::pack(pack), 0..1).await {
+            Ok(_) => Ok(()),
+            Err(error) if error.is_not_found() => Err(Error::Missing {
+                object: Key::pack(pack).to_string(),
+                needed_by: "a snapshot, and no list of copies that is left has this part of it"
+                    .to_owned(),
+            }),
+            Err(error) => Err(error.into()),
+        }
     }
 
     async fn tables(&mut self, pack: PackId) -> Result<Arc<Vec<(BlockRef, Relocation)>>> {
@@ -232,8 +257,9 @@ impl<'a> Walk<'a> {
         for moved in self.view.moves.get(&pack).into_iter().flatten() {
             match self.repo.read_relocation(pack, &moved.table).await {
                 Ok(relocation) => tables.push((moved.table.into(), relocation)),
-                // Nothing needs this copy any more, or it is damaged: then the pack itself must do.
-                Err(error) if error.is_damage() => {}
+                // Nothing needed this copy any more: then the pack itself, or another copy, must do.
+                Err(Error::Missing { .. }) => {}
+                // What was copied would look like garbage.
                 Err(error) => return Err(error),
             }
         }

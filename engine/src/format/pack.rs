@@ -23,7 +23,8 @@ use crate::crypto::{Keys, Piece};
 use crate::id::PackId;
 
 const MAGIC: &[u8; 8] = b"petrapak";
-const END_MAGIC: &[u8; 8] = b"petraend";
+/// How a pack ends.
+pub const END_MAGIC: &[u8; 8] = b"petraend";
 /// Bytes before the body.
 pub const HEADER_BYTES: usize = 16;
 /// Bytes after the footer.
@@ -154,14 +155,18 @@ impl PackBuilder {
         put_varint(&mut footer, self.count);
         footer.extend_from_slice(&self.entries);
         self.keys.seal_footer(self.id, self.kind, &mut footer);
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(self.bytes.get(..HEADER_BYTES).unwrap_or_default()).update(&footer);
+        let checksum = footer_checksum(self.bytes.get(..HEADER_BYTES).unwrap_or_default(), &footer);
         self.bytes.extend_from_slice(&footer);
         self.bytes.extend_from_slice(&(footer.len() as u32).to_le_bytes());
-        self.bytes.extend_from_slice(hasher.finalize().as_bytes());
+        self.bytes.extend_from_slice(checksum.as_bytes());
         self.bytes.extend_from_slice(END_MAGIC);
         (self.id, self.bytes)
     }
+}
+
+/// The checksum of a footer: over the header of its pack as well.
+pub fn footer_checksum(header: &[u8], footer: &[u8]) -> blake3::Hash {
+    blake3::Hasher::new().update(header).update(footer).finalize()
 }
 
 /// Reads the header of a pack: what it holds, and whether that is sealed.
@@ -222,9 +227,7 @@ pub fn read_footer(
             "a footer of {len} bytes in a pack of {pack_len}"
         )));
     };
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(header).update(footer);
-    let actual = hasher.finalize();
+    let actual = footer_checksum(header, footer);
     if actual != checksum {
         return Err(FormatError::Checksum {
             found: checksum.to_string(),

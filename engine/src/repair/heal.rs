@@ -312,7 +312,10 @@ impl<'a> Healing<'a> {
             self.repo.store().put(&key, self.repo.seal(kind::MOVE, &key, &())?).await?;
         }
         self.ctx.check()?;
-        session.commit_moves(moves).await
+        session.commit_moves(moves).await?;
+        // What was found before lacks these.
+        self.repo.relocation_cache().clear();
+        Ok(())
     }
 
     /// Lets collectors have what was stored at once. Best effort: silence would do in the end.

@@ -133,7 +133,8 @@ async fn quarantine(
                 Err(error) if error.is_not_found() => bytes::Bytes::new(),
                 Err(error) => return Err(error.into()),
             };
-            repo.store().put(&Key::quarantine(&key), found).await?;
+            // Another repair may have found it in another state.
+            repo.store().create(&Key::quarantine(&key), found).await?;
         }
         report.quarantined.push(pack);
     }

@@ -40,6 +40,8 @@ pub(super) async fn repair(
         if !options.dry_run {
             ctx.check()?;
             set_aside(repo, &key).await?;
+            // In between the snapshot is there again: nothing is lost.
+            repo.store().delete(&key).await?;
             repo.store().put(&key, repo.mark(&key, MarkKind::Delete, ctx)?).await?;
         }
     }
@@ -70,10 +72,11 @@ fn problem(error: &Error) -> Problem {
     Problem { object, detail, affected: vec![] }
 }
 
-/// Keeps a copy of a damaged object for whoever wants to know what happened to it.
+/// Keeps a copy of a damaged object for whoever wants to know what happened to it: of the first that was found in its
+/// place.
 async fn set_aside(repo: &Repository, key: &Key) -> Result<()> {
     match repo.store().get(key).await {
-        Ok(body) => Ok(repo.store().put(&Key::quarantine(key), body).await?),
+        Ok(body) => Ok(repo.store().create(&Key::quarantine(key), body).await.map(|_| ())?),
         Err(error) if error.is_not_found() => Ok(()),
         Err(error) => Err(error.into()),
     }

@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use rustix::io::Errno;
 
-use super::{Creation, Page, Store, StoreError, StoreErrorCause};
+use super::{Creation, MAX_OBJECT_BYTES, Page, Store, StoreError, StoreErrorCause};
 use crate::key::Key;
 use crate::url::RepositoryUrl;
 
@@ -178,7 +178,18 @@ impl Store for LocalStore {
     }
 
     async fn get(&self, key: &Key) -> Result<Bytes, StoreError> {
-        self.get_range(key, 0..u64::MAX).await
+        let body = self.get_range(key, 0..MAX_OBJECT_BYTES + 1).await?;
+        if body.len() as u64 > MAX_OBJECT_BYTES {
+            let detail = format!("more than the {MAX_OBJECT_BYTES} bytes of the longest object");
+            return Err(StoreError {
+                operation: "read",
+                key: key.to_string(),
+                location: self.location(),
+                cause: StoreErrorCause::Other,
+                detail,
+            });
+        }
+        Ok(body)
     }
 
     async fn get_range(&self, key: &Key, range: Range<u64>) -> Result<Bytes, StoreError> {

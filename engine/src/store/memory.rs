@@ -68,7 +68,17 @@ impl Store for MemoryStore {
     }
 
     async fn put(&self, key: &Key, body: Bytes) -> Result<(), StoreError> {
-        self.objects().insert(key.to_string(), body);
+        let mut objects = self.objects();
+        if objects.get(key.as_str()).is_some_and(|known| *known != body) {
+            return Err(StoreError {
+                operation: "write",
+                key: key.to_string(),
+                location: self.location(),
+                cause: StoreErrorCause::Other,
+                detail: "another object has this name, and objects never change".to_owned(),
+            });
+        }
+        objects.insert(key.to_string(), body);
         Ok(())
     }
 

@@ -52,13 +52,16 @@ pub async fn open_with(
     })
 }
 
+/// The longest object: a pack that was nearly full has room for one more block or frame, and a footer.
+pub const MAX_OBJECT_BYTES: u64 = 64 << 20;
+
 /// An object store. Implementations are cheap to share and safe to use from many tasks.
 #[async_trait]
 pub trait Store: Send + Sync + fmt::Debug {
     /// The repository's URL, for messages and for the URLs of snapshots. Holds no secrets.
     fn location(&self) -> String;
 
-    /// Reads a whole object.
+    /// Reads a whole object. One of more than [`MAX_OBJECT_BYTES`] is foreign, and refused.
     async fn get(&self, key: &Key) -> Result<Bytes, StoreError>;
 
     /// Reads a range of an object. An object that ends before the range does gives a shorter answer.

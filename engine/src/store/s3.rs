@@ -17,7 +17,7 @@ use aws_sdk_s3::types::{BucketLocationConstraint, CreateBucketConfiguration};
 use bytes::Bytes;
 
 use self::failure::Failure;
-use super::{Creation, Entry, Page, Store, StoreError, StoreErrorCause};
+use super::{Creation, Entry, MAX_OBJECT_BYTES, Page, Store, StoreError, StoreErrorCause};
 use crate::error::{Error, Result};
 use crate::key::Key;
 use crate::url::{RepositoryUrl, S3Location};
@@ -30,8 +30,6 @@ use self::connection::USUAL_REGION;
 
 /// Keys per listing request: the most that S3 gives.
 const PAGE: i32 = 1000;
-/// The most memory that is set aside for a body on the word of its server alone.
-const TRUSTED_LEN: u64 = 64 << 20;
 /// The slowest link that uploads are expected to cross.
 const SLOWEST_BYTES_PER_SECOND: u64 = 256 << 10;
 
@@ -146,7 +144,7 @@ fn range_header(range: &Range<u64>) -> String {
 
 async fn receive(output: GetObjectOutput, range: Option<&Range<u64>>) -> Result<Bytes, Failure> {
     let wrong = |detail: String| Failure { cause: StoreErrorCause::Other, detail };
-    let longest = range.map_or(u64::MAX, |range| range.end - range.start);
+    let longest = range.map_or(MAX_OBJECT_BYTES, |range| range.end - range.start);
     let announced = output.content_length.and_then(|len| u64::try_from(len).ok());
     if let Some(range) = range {
         let start = match &output.content_range {
@@ -160,11 +158,12 @@ async fn receive(output: GetObjectOutput, range: Option<&Range<u64>>) -> Result<
             return Err(wrong(format!("asked for bytes {start} to {end}, the server sent {got}")));
         }
     }
-    let capacity = announced.unwrap_or_default().min(TRUSTED_LEN.max(if range.is_some() {
-        longest
-    } else {
-        0
-    }));
+    if let Some(announced) = announced.filter(|announced| *announced > longest) {
+        return Err(wrong(format!(
+            "{announced} bytes are more than any object of a repository has"
+        )));
+    }
+    let capacity = announced.unwrap_or_default();
     let mut body = Vec::with_capacity(usize::try_from(capacity).unwrap_or_default());
     let mut stream = output.body;
     while let Some(part) = stream.next().await {
@@ -176,7 +175,7 @@ async fn receive(output: GetObjectOutput, range: Option<&Range<u64>>) -> Result<
             }
         }
         if body.len() as u64 > longest {
-            return Err(wrong(format!("asked for {longest} bytes, the server sent more")));
+            return Err(wrong(format!("more than {longest} bytes came")));
         }
     }
     match announced {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use petra_engine::collect::{CollectOptions, CollectReport, collect};
 use petra_engine::record::SnapshotRecord;
 use petra_engine::restore::RestoreOptions;
-use petra_engine::store::{MemoryStore, StoreErrorCause};
+use petra_engine::store::{Entry, MemoryStore, StoreErrorCause};
 use petra_engine::url::{Item, SnapshotRef};
 use petra_engine::usage::usage;
 use petra_engine::{Error, Repository, Result};
@@ -254,6 +254,39 @@ async fn a_lost_copy_is_named() {
         repo.store().put(&key, bytes).await.unwrap();
     }
     assert_tidy(&repo).await;
+}
+
+/// What is left of a copy may be all there is: a collection must not take it for garbage while the rest can't be read.
+#[tokio::test]
+async fn a_collection_beside_a_lost_copy_deletes_nothing() {
+    let (store, repo, after, record) = sparse().await;
+    collect_all(&repo).await.unwrap();
+    let names = |entries: Vec<Entry>| -> Vec<String> {
+        entries.into_iter().map(|entry| entry.key).collect()
+    };
+    for entry in objects(repo.store(), "packs/").await {
+        let key = petra_engine::key::Key::from_listing(entry.key);
+        let bytes = repo.store().get(&key).await.unwrap();
+        let zeros = vec![0; bytes.len()];
+        for damaged in [None, Some(zeros)] {
+            repo.store().delete(&key).await.unwrap();
+            if let Some(damaged) = damaged {
+                repo.store().put(&key, damaged.into()).await.unwrap();
+            }
+            let before = names(objects(repo.store(), "packs/").await);
+            let fresh = Repository::open(store.clone()).await.unwrap();
+            let result = collect_all(&fresh).await;
+            let left = names(objects(repo.store(), "packs/").await);
+            let lost: Vec<_> = before.iter().filter(|pack| !left.contains(pack)).collect();
+            assert!(lost.is_empty(), "without {key}: {lost:?} went; {result:?}");
+            repo.store().delete(&key).await.unwrap();
+            repo.store().put(&key, bytes.clone()).await.unwrap();
+        }
+    }
+    restore(store, &record, &after).await.unwrap();
+    collect_all(&repo).await.unwrap();
+    assert_tidy(&repo).await;
+    check(&repo, &record.volumes[0], &after).await.unwrap();
 }
 
 /// A restore with a repository that has not seen anything yet.

@@ -111,12 +111,18 @@ async fn a_snapshot_survives_a_fault_at_every_request() {
             let (store, repo, old) = new_repo().await;
             let volume = second();
             let (taken, met) = with_fault(&store, n, fault, take(&repo, &volume)).await;
-            let listed = repo.snapshots(&Item::Repository).await.unwrap();
-            assert_eq!(listed[0].id, old, "{at}");
+            // Ids of one millisecond have any order.
+            let (first_one, others): (Vec<_>, Vec<_>) = repo
+                .snapshots(&Item::Repository)
+                .await
+                .unwrap()
+                .into_iter()
+                .partition(|record| record.id == old);
+            assert_eq!(first_one.len(), 1, "{at}");
             match taken {
-                Some(Ok(taken)) => assert_eq!(listed[1..], [taken], "{at}"),
+                Some(Ok(taken)) => assert_eq!(others, [taken], "{at}"),
                 // Only a store that went away may leave it open whether the commit was done.
-                Some(Err(_)) if fault != Fault::Away => assert_eq!(listed.len(), 1, "{at}"),
+                Some(Err(_)) if fault != Fault::Away => assert_eq!(others, [], "{at}"),
                 _ => {}
             }
             assert_whole(&repo, &[first(), second()], &at).await;

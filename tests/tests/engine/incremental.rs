@@ -218,6 +218,7 @@ async fn a_parent_that_is_damaged_is_not_spliced() {
     let mut pack = repo.store().get(&key).await.unwrap().to_vec();
     // All leaves, but not the root: it comes last.
     pack[16..root.offset as usize].fill(0);
+    repo.store().delete(&key).await.unwrap();
     repo.store().put(&key, pack.into()).await.unwrap();
     for index_chunks in [64, 1 << 20] {
         let told = Told::new(&volume, first.id, vec![10..20, 30..40]);

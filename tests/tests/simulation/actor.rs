@@ -10,12 +10,14 @@ use petra_engine::collect::{CollectOptions, collect};
 use petra_engine::context::{Context, Limits};
 use petra_engine::key::MARKS;
 use petra_engine::record::{SnapshotRecord, VolumeRecord};
+use petra_engine::repair::{RepairOptions, RepairReport, repair};
 use petra_engine::restore::{RestoreOptions, restore};
 use petra_engine::snapshot::{Parent, SnapshotRequest, snapshot};
 use petra_engine::source::Source;
 use petra_engine::store::{StoreError, StoreErrorCause};
 use petra_engine::target::FileTarget;
 use petra_engine::url::{Item, SnapshotRef};
+use petra_engine::verify::{VerifyOptions, verify};
 use petra_engine::{Error, Repository};
 use petra_tests::lab::{name, request_of};
 use petra_tests::simulated::{Process, Troubles, spread};
@@ -33,7 +35,7 @@ pub enum Role {
     Deleter,
     /// Collects garbage.
     Collector,
-    /// Lists, verifies and restores snapshots.
+    /// Lists and restores snapshots, verifies, and repairs.
     Reader,
     /// Pins snapshots and reads them slowly.
     Cloner,
@@ -267,6 +269,11 @@ impl Actor {
         };
         let ended = self.oracle.now();
         self.oracle.check_listing(began, ended, &records);
+        match self.rng.u32(..8) {
+            0 | 1 => return self.verify().await,
+            2 => return self.repair().await,
+            _ => {}
+        }
         let Some(record) = self.rng.choice(records.as_slice()) else { return };
         // The lister may stand still before it reads.
         tokio::time::sleep(spread(&mut self.rng, self.pace)).await;
@@ -277,6 +284,39 @@ impl Actor {
             return self.judge(&format!("find {}", record.id), &error, before, allowed);
         }
         self.restore(record, false).await;
+    }
+
+    /// Nothing is damaged, whatever goes on meanwhile.
+    async fn verify(&self) {
+        self.process.note(format_args!("verify"));
+        let before = self.process.troubles();
+        let options = VerifyOptions { read_data: true, ..VerifyOptions::default() };
+        match verify(&self.repo, &Item::Repository, &options, &self.ctx).await {
+            Ok(report) if report.problems.is_empty() => self.oracle.saw("verified", 1),
+            Ok(report) => self.violation(format!("verify: {:?}", report.problems)),
+            Err(error) => self.judge("verify", &error, before, false),
+        }
+    }
+
+    /// So there is nothing to heal; and what a repair does puts nothing else at risk.
+    async fn repair(&self) {
+        self.process.note(format_args!("repair"));
+        let before = self.process.troubles();
+        match repair(&self.repo, &RepairOptions::default(), &self.ctx).await {
+            Ok(report) => {
+                let RepairReport { quarantined, healed, lost, unresolved, .. } = &report;
+                if quarantined.is_empty()
+                    && healed.is_empty()
+                    && lost.is_empty()
+                    && unresolved.is_empty()
+                {
+                    self.oracle.saw("repaired", 1);
+                } else {
+                    self.violation(format!("repair: {report:?}"));
+                }
+            }
+            Err(error) => self.judge("repair", &error, before, false),
+        }
     }
 
     /// Restores all volumes of a snapshot and compares every byte. One that is pinned can be read whatever happens.

@@ -34,7 +34,7 @@ use run::{Outcome, run};
 /// What a plain `cargo test` runs.
 const SEEDS: Range<u64> = 0..2000;
 /// What some seed must come to.
-const INTERESTING: [&str; 15] = [
+const INTERESTING: [&str; 17] = [
     "attempt lost",
     "clone left",
     "doubtful and not there",
@@ -43,11 +43,13 @@ const INTERESTING: [&str; 15] = [
     "pack compacted",
     "pack deleted",
     "process died",
+    "repaired",
     "session aborted",
     "snapshot",
     "snapshot brought back",
     "snapshot deleted",
     "snapshot purged",
+    "verified",
     "volume restored",
     "volume restored after its purge",
 ];
