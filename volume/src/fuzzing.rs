@@ -55,7 +55,7 @@ impl Medium for Bytes<'_> {
 /// # Panics
 /// If a message that was understood is another one when it is written and read again.
 pub fn message(bytes: &[u8]) {
-    let _ = fuse::parse(bytes);
+    fuse::parse(bytes);
     let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return };
     let Ok(header) = Header::parse(header) else { return };
     let again = |bytes: Vec<u8>| {
