@@ -38,6 +38,17 @@ pub struct Opened {
     records: Mutex<BTreeMap<SnapshotId, Arc<SnapshotRecord>>>,
 }
 
+/// What the id of a snapshot names, whether that is there or not.
+#[derive(Clone, Debug)]
+pub struct Named {
+    /// The repository's URL.
+    pub url: RepositoryUrl,
+    /// The snapshot.
+    pub snapshot: SnapshotRef,
+    /// The name of the volume, where the id has one.
+    pub volume: Option<petra_engine::Name>,
+}
+
 /// A volume of a snapshot that an id led to.
 #[derive(Clone, Debug)]
 pub struct Found {
@@ -122,16 +133,23 @@ impl Repositories {
         self.0.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Follows the id of a snapshot. `NOT_FOUND` where it is not in its repository (yet).
-    pub async fn find(&self, handle: &SnapshotHandle, secrets: &Secrets) -> Result<Found, Status> {
+    /// What the id of a snapshot names: `NOT_FOUND` where that is no snapshot.
+    pub fn named(&self, handle: &SnapshotHandle) -> Result<Named, Status> {
         let url = self.url(&handle.repository)?;
         let text = format!("{url}#{}", handle.item);
         let parsed: PetraUrl =
             text.parse().map_err(|_| Status::not_found(format!("no snapshot {handle}")))?;
-        let Item::Snapshot { snapshot, volume } = parsed.item else {
-            return Err(Status::not_found(format!("{handle} names no snapshot")));
-        };
-        let url = parsed.repository;
+        match parsed.item {
+            Item::Snapshot { snapshot, volume } => {
+                Ok(Named { url: parsed.repository, snapshot, volume })
+            }
+            _ => Err(Status::not_found(format!("{handle} names no snapshot"))),
+        }
+    }
+
+    /// Follows the id of a snapshot. `NOT_FOUND` where it is not in its repository (yet).
+    pub async fn find(&self, handle: &SnapshotHandle, secrets: &Secrets) -> Result<Found, Status> {
+        let Named { url, snapshot, volume } = self.named(handle)?;
         let opened = self.open(&url, secrets).await?;
         let record = match &snapshot {
             SnapshotRef::Id(id) => {

@@ -188,6 +188,17 @@ async fn a_group_is_one_point_in_time() {
             let refused = client.delete_snapshot(&member.snapshot_id).await.unwrap_err();
             assert_eq!(refused.code(), Code::InvalidArgument);
         }
+        // A member by a URL that someone wrote down: it is called what the caller calls it.
+        let url = format!("main#default/pvc-a/group-{n}/pvc-b");
+        let list = ListSnapshotsRequest { snapshot_id: url.clone(), ..Default::default() };
+        let listed = client.controller.clone().list_snapshots(list).await.unwrap().into_inner();
+        let [entry] = listed.entries.as_slice() else { panic!("{listed:?}") };
+        let member = entry.snapshot.clone().unwrap();
+        assert_eq!((&member.snapshot_id, &member.source_volume_id), (&url, &ids[1]));
+        assert!(member.ready_to_use);
+        let name = format!("by-url-{n}");
+        let clone = client.create(from_snapshot(wanted(&name, 0, &writer()), &url)).await.unwrap();
+        client.delete(&clone.volume_id).await.unwrap();
         assert!(stamps.windows(2).all(|pair| pair[0] >= pair[1]), "{stamps:?}");
         assert!(stamps[0] - stamps[2] <= 1, "{stamps:?}");
         let get = GetVolumeGroupSnapshotRequest {

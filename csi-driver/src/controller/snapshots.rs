@@ -85,15 +85,28 @@ impl Cut {
 
     /// What a call is told of each member.
     pub(super) fn snapshots(&self) -> Vec<csi::Snapshot> {
-        let snapshot = |(name, size_bytes, volume): &(Name, u64, String)| csi::Snapshot {
+        self.members.iter().map(|member| self.snapshot_of(member)).collect()
+    }
+
+    /// What a call is told of the member of this name; without a name of the only one.
+    fn member(&self, name: Option<&Name>) -> Option<csi::Snapshot> {
+        let found = match (name, self.members.as_slice()) {
+            (Some(name), members) => members.iter().find(|(member, ..)| member == name),
+            (None, [only]) => Some(only),
+            (None, _) => None,
+        };
+        found.map(|member| self.snapshot_of(member))
+    }
+
+    fn snapshot_of(&self, (name, size_bytes, volume): &(Name, u64, String)) -> csi::Snapshot {
+        csi::Snapshot {
             size_bytes: signed(*size_bytes),
             snapshot_id: SnapshotHandle::member(&self.repository, self.id, name).to_string(),
             source_volume_id: volume.clone(),
             creation_time: Some(self.time()),
             ready_to_use: self.ready,
             group_snapshot_id: if self.is_group() { self.group_id() } else { String::new() },
-        };
-        self.members.iter().map(snapshot).collect()
+        }
     }
 
     pub(super) fn group(&self) -> csi::VolumeGroupSnapshot {
@@ -224,19 +237,20 @@ impl Controller {
         Ok(all)
     }
 
-    /// Follows the id of a snapshot or group: `NOT_FOUND`.
-    pub(super) async fn cut(&self, id: &str, secrets: &Secrets) -> Result<Cut, Status> {
-        let handle: SnapshotHandle =
-            id.parse().map_err(|_| Status::not_found(format!("no snapshot {id}")))?;
+    /// Follows the id of a snapshot or group: `NOT_FOUND`. With the name of the volume, where the id has one.
+    async fn cut(&self, id: &str, secrets: &Secrets) -> Result<(Cut, Option<Name>), Status> {
+        let handle: SnapshotHandle = id.parse().map_err(|_| unknown(id))?;
+        let named = self.repositories.named(&handle)?;
         if let Some(id) = handle.id() {
             let id = id.to_string();
             for (_, upload) in self.uploads().await? {
                 if upload.id == id {
-                    return Cut::of_upload(&upload, &handle.repository);
+                    let cut = Cut::of_upload(&upload, &handle.repository)?;
+                    return Ok((cut, named.volume));
                 }
             }
         }
-        let Found { record, volume, .. } = match self.repositories.find(&handle, secrets).await {
+        let found = match self.repositories.find(&handle, secrets).await {
             // It may be uploading on a node that is away.
             Err(status) if status.code() == Code::NotFound && handle.id().is_some() => {
                 self.everyone().await?;
@@ -244,11 +258,7 @@ impl Controller {
             }
             found => found?,
         };
-        let mut cut = Cut::of_record(&record, &handle.repository);
-        if volume.is_some() && !cut.is_group() {
-            cut.members.retain(|(name, ..)| Some(name) == volume.as_ref());
-        }
-        Ok(cut)
+        Ok((Cut::of_record(&found.record, &handle.repository), named.volume))
     }
 
     /// The snapshot that an id names, as it is listed.
@@ -257,15 +267,10 @@ impl Controller {
         id: &str,
         secrets: &Secrets,
     ) -> Result<csi::Snapshot, Status> {
-        let cut = self.cut(id, secrets).await?;
-        let snapshots = cut.snapshots();
-        let only = if snapshots.len() == 1 { snapshots.first().cloned() } else { None };
-        snapshots
-            .into_iter()
-            .find(|snapshot| snapshot.snapshot_id == id)
-            // A URL of another form, which someone wrote down himself.
-            .or(only.map(|only| csi::Snapshot { snapshot_id: id.to_owned(), ..only }))
-            .ok_or_else(|| Status::not_found(format!("no snapshot {id}")))
+        let (cut, volume) = self.cut(id, secrets).await?;
+        let member = cut.member(volume.as_ref()).ok_or_else(|| unknown(id))?;
+        // The id that the caller knows: it may be a URL of another form, which someone wrote down himself.
+        Ok(csi::Snapshot { snapshot_id: id.to_owned(), ..member })
     }
 
     /// Deletes a snapshot, or a group with all its members.
@@ -284,8 +289,8 @@ impl Controller {
         let Ok(handle) = id.parse::<SnapshotHandle>() else { return Ok(()) };
         let key = handle.id().map_or_else(|| id.to_owned(), |id| id.to_string());
         let _operation = self.locks.begin([format!("snapshot {key}")])?;
-        let cut = match self.cut(id, secrets).await {
-            Ok(cut) => cut,
+        let (cut, volume) = match self.cut(id, secrets).await {
+            Ok(found) => found,
             Err(status) => return gone(status),
         };
         if cut.is_group() && !is_group {
@@ -405,13 +410,18 @@ impl Controller {
         secrets: &Secrets,
     ) -> Result<csi::VolumeGroupSnapshot, Status> {
         check("group snapshot id", id)?;
-        let group = self.cut(id, secrets).await?.group();
+        let (cut, _) = self.cut(id, secrets).await?;
+        let group = cut.group();
         let known: Vec<_> = group.snapshots.iter().map(|member| &member.snapshot_id).collect();
         if members.iter().any(|member| !known.contains(&member)) {
             return Err(Status::invalid_argument(format!("{id} has other members")));
         }
         Ok(group)
     }
+}
+
+fn unknown(id: &str) -> Status {
+    Status::not_found(format!("no snapshot {id}"))
 }
 
 /// The snapshot that was found, if it is of the same volumes as the one that is wanted.
