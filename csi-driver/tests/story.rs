@@ -99,6 +99,16 @@ async fn a_claim_is_written_snapshotted_and_cloned() {
     client.delete(&by_hand.volume_id).await.unwrap();
     client.unpublish(&machine, &volume.volume_id, "a").await.unwrap();
     client.delete(&volume.volume_id).await.unwrap();
+    // What may name another snapshot tomorrow deletes none, and neither does the name of a volume that is not in it.
+    for moving in [url.as_str(), "main#team/data/@latest/data"] {
+        let refused = client.delete_snapshot(moving).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    }
+    let elsewhere = format!("{}-too", snapshot.snapshot_id);
+    client.delete_snapshot(&elsewhere).await.unwrap();
+    client.delete_snapshot("main#team/data/never/data").await.unwrap();
+    let listed = machine.petra(&["ls", &format!("{}#team/data", machine.repository())]);
+    assert!(listed.contains("snapshot-1"), "{listed}");
     client.delete_snapshot(&snapshot.snapshot_id).await.unwrap();
     client.delete_snapshot(&snapshot.snapshot_id).await.unwrap();
     let again = from_snapshot(wanted("pvc-6", 0, &writer()), &snapshot.snapshot_id);

@@ -119,7 +119,7 @@ impl ControllerService for Services {
         request: Request<DeleteSnapshotRequest>,
     ) -> Answer<DeleteSnapshotResponse> {
         let request = request.into_inner();
-        let deleted = self.0.delete_snapshot(&request.snapshot_id, &request.secrets, false).await;
+        let deleted = self.0.delete_snapshot(&request.snapshot_id, &request.secrets).await;
         answer(deleted.map(|()| DeleteSnapshotResponse {}))
     }
 
@@ -190,13 +190,10 @@ impl GroupService for Services {
         request: Request<DeleteVolumeGroupSnapshotRequest>,
     ) -> Answer<DeleteVolumeGroupSnapshotResponse> {
         let request = request.into_inner();
-        let (id, secrets) = (&request.group_snapshot_id, &request.secrets);
-        match self.0.group(id, &request.snapshot_ids, secrets).await {
-            Ok(_) => {}
-            Err(status) if status.code() == tonic::Code::NotFound => {}
-            Err(status) => return Err(status),
-        }
-        let deleted = self.0.delete_snapshot(id, secrets, true).await;
+        let deleted = self
+            .0
+            .delete_group(&request.group_snapshot_id, &request.snapshot_ids, &request.secrets)
+            .await;
         answer(deleted.map(|()| DeleteVolumeGroupSnapshotResponse {}))
     }
 

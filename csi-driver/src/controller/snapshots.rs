@@ -273,36 +273,55 @@ impl Controller {
         Ok(csi::Snapshot { snapshot_id: id.to_owned(), ..member })
     }
 
-    /// Deletes a snapshot, or a group with all its members.
-    pub(super) async fn delete_snapshot(
-        &self,
-        id: &str,
-        secrets: &Secrets,
-        is_group: bool,
-    ) -> Result<(), Status> {
+    /// Deletes a snapshot of one volume.
+    pub(super) async fn delete_snapshot(&self, id: &str, secrets: &Secrets) -> Result<(), Status> {
         check("snapshot id", id)?;
-        // What is not there is deleted.
-        let gone = |status: Status| match status.code() {
-            Code::NotFound => Ok(()),
-            _ => Err(status),
-        };
-        let Ok(handle) = id.parse::<SnapshotHandle>() else { return Ok(()) };
-        let key = handle.id().map_or_else(|| id.to_owned(), |id| id.to_string());
-        let _operation = self.locks.begin([format!("snapshot {key}")])?;
+        let _operation = self.locks.begin([format!("snapshot {}", key(id))])?;
         let (cut, volume) = match self.cut(id, secrets).await {
             Ok(found) => found,
             Err(status) => return gone(status),
         };
-        if cut.is_group() && !is_group {
+        if cut.member(volume.as_ref()).is_none() {
+            return Ok(());
+        }
+        if cut.is_group() {
             return Err(Status::invalid_argument(format!(
                 "{id} belongs to the group {}, which is deleted as a whole",
                 cut.group_id()
             )));
         }
+        self.delete_cut(id, &cut, secrets).await
+    }
+
+    /// Deletes a group with all its members, which must be those that the caller knows, if he names them.
+    pub(super) async fn delete_group(
+        &self,
+        id: &str,
+        members: &[String],
+        secrets: &Secrets,
+    ) -> Result<(), Status> {
+        check("group snapshot id", id)?;
+        let _operation = self.locks.begin([format!("snapshot {}", key(id))])?;
+        match self.cut_of_group(id, members, secrets).await {
+            Ok(cut) => self.delete_cut(id, &cut, secrets).await,
+            Err(status) => gone(status),
+        }
+    }
+
+    /// Deletes what an id led to: the upload, and what came of it.
+    async fn delete_cut(&self, id: &str, cut: &Cut, secrets: &Secrets) -> Result<(), Status> {
+        let handle: SnapshotHandle = id.parse().map_err(|_| unknown(id))?;
+        let Some(known) = handle.id() else {
+            return Err(Status::invalid_argument(format!(
+                "{id} may be another snapshot tomorrow: to delete this one, say {}",
+                cut.group_id()
+            )));
+        };
         if !cut.ready {
+            let known = known.to_string();
             for (agent, upload) in self.uploads().await? {
-                if upload.id == key {
-                    agent.discard_upload(&key).await?;
+                if upload.id == known {
+                    agent.discard_upload(&known).await?;
                 }
             }
         }
@@ -410,14 +429,40 @@ impl Controller {
         secrets: &Secrets,
     ) -> Result<csi::VolumeGroupSnapshot, Status> {
         check("group snapshot id", id)?;
-        let (cut, _) = self.cut(id, secrets).await?;
-        let group = cut.group();
-        let known: Vec<_> = group.snapshots.iter().map(|member| &member.snapshot_id).collect();
-        if members.iter().any(|member| !known.contains(&member)) {
+        Ok(self.cut_of_group(id, members, secrets).await?.group())
+    }
+
+    async fn cut_of_group(
+        &self,
+        id: &str,
+        members: &[String],
+        secrets: &Secrets,
+    ) -> Result<Cut, Status> {
+        let (cut, volume) = self.cut(id, secrets).await?;
+        // A member of a group is no group, and a snapshot that was taken alone is none either.
+        if volume.is_some() || !cut.is_group() {
+            return Err(unknown(id));
+        }
+        let known: Vec<_> = cut.snapshots().into_iter().map(|member| member.snapshot_id).collect();
+        if members.iter().any(|member| !known.contains(member)) {
             return Err(Status::invalid_argument(format!("{id} has other members")));
         }
-        Ok(group)
+        Ok(cut)
     }
+}
+
+/// What is not there is deleted.
+fn gone(status: Status) -> Result<(), Status> {
+    match status.code() {
+        Code::NotFound => Ok(()),
+        _ => Err(status),
+    }
+}
+
+/// By what calls on one snapshot are told from calls on others.
+fn key(id: &str) -> String {
+    let known = id.parse::<SnapshotHandle>().ok().and_then(|handle| handle.id());
+    known.map_or_else(|| id.to_owned(), |id| id.to_string())
 }
 
 fn unknown(id: &str) -> Status {
