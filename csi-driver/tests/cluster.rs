@@ -117,6 +117,13 @@ async fn a_snapshot_of_one_node_is_cloned_on_another() {
     assert!(matches!(away.code(), Code::Unavailable | Code::DeadlineExceeded), "{away}");
     let listed = controller.controller.clone().list_volumes(ListVolumesRequest::default()).await;
     assert_eq!(listed.unwrap_err().code(), Code::Unavailable);
+    // Nor that it has none of a name, so that there are never two. What can't be on it is made.
+    let there = on_node(wanted("new", 0, &writer()), "far");
+    for request in [there, wanted("new", 0, &writer())] {
+        assert_eq!(controller.create(request).await.unwrap_err().code(), Code::Unavailable);
+    }
+    let new = controller.create(on_node(wanted("new", 0, &writer()), "near")).await.unwrap();
+    controller.delete(&new.volume_id).await.unwrap();
     std::process::Command::new("pkill").args(["-CONT", "-f", &far_driver]).status().unwrap();
 
     for (node, id, name) in [

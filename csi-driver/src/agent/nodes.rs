@@ -119,15 +119,14 @@ impl Nodes {
             )));
         }
         let nobody = format!("no node that is there has pool {pool}");
-        match &self.place {
-            _ if !known.everyone.away.is_empty() => {
-                Err(Status::unavailable(format!("{nobody}; away: {}", list(&known.everyone.away))))
-            }
-            Place::There { given, .. } if given.iter().any(|address| !address.is_number()) => {
-                Err(Status::unavailable(nobody))
-            }
-            _ => Err(Status::not_found(nobody)),
+        if !known.everyone.away.is_empty() {
+            let away = list(&known.everyone.away);
+            return Err(Status::unavailable(format!("{nobody}; away: {away}")));
         }
+        if self.may_hide_nodes() {
+            return Err(Status::unavailable(nobody));
+        }
+        Err(Status::not_found(nobody))
     }
 
     /// The node of this name: `NOT_FOUND`, or `UNAVAILABLE` while some are away.
@@ -144,6 +143,42 @@ impl Nodes {
             return Err(Status::not_found(format!("there is no node {name:?} with a pool")));
         }
         Err(Status::unavailable(format!("node {name:?} is not there; away: {}", list(away))))
+    }
+
+    /// Makes sure that no node of these names is away, or none at all where there are no names: `UNAVAILABLE`. One that
+    /// was never heard of may be hidden behind a name that stands for fewer nodes today than yesterday.
+    pub async fn nobody_away(&self, names: &[&str]) -> Result<(), Status> {
+        let mut known = self.known.lock().await;
+        let mut missing = vec![];
+        for patience in [FRESH, PATIENCE] {
+            self.ask(&mut known, patience, patience == PATIENCE).await;
+            let is_there = |name: &str| known.everyone.there.iter().any(|n| n.info.node == name);
+            missing = names.iter().copied().filter(|name| !is_there(name)).collect();
+            if !names.is_empty() && missing.is_empty() {
+                return Ok(());
+            }
+        }
+        let away = &known.everyone.away;
+        if names.is_empty() && away.is_empty() {
+            return Ok(());
+        }
+        let was_there = |name: &&str| known.pools.values().any(|node| node == name);
+        if !away.is_empty() || self.may_hide_nodes() || missing.iter().any(was_there) {
+            let missing = if names.is_empty() { "any".to_owned() } else { missing.join(", ") };
+            return Err(Status::unavailable(format!(
+                "a node that is meant may be away: {missing}; away: {}",
+                list(away)
+            )));
+        }
+        Ok(())
+    }
+
+    /// True where a host name stands for nodes: some may be missing without anybody knowing.
+    fn may_hide_nodes(&self) -> bool {
+        match &self.place {
+            Place::Here(_) => false,
+            Place::There { given, .. } => given.iter().any(|address| !address.is_number()),
+        }
     }
 
     /// All nodes, those that are away too.

@@ -105,7 +105,7 @@ impl Controller {
         if usages.iter().any(|usage| usage.mode == Mode::MultiNodeReaderOnly) {
             return self.create_read_only(&request, &usages, sizes, origin).await;
         }
-        let candidates = self.candidates(&request, &origin).await?;
+        let candidates = self.candidates(&request, &origin).await;
         for Node { info, agent } in &candidates {
             match agent.volume(volume_name(&request.name).as_str()).await {
                 Ok(volume) => {
@@ -121,6 +121,15 @@ impl Controller {
                 Err(status) if status.code() == Code::NotFound => {}
                 Err(status) => return Err(status),
             }
+        }
+        // A node that is away may have made it for an earlier call: a second one would be nobody's.
+        if !matches!(origin, Origin::Volume { .. }) {
+            self.nobody_away(&request).await?;
+        }
+        if candidates.is_empty() {
+            return Err(Status::resource_exhausted(
+                "none of the nodes asked for can have the volume",
+            ));
         }
         let mut create =
             self.create_request(&request, &parameters, &usages, sizes, &origin, source)?;
@@ -173,7 +182,7 @@ impl Controller {
         &self,
         request: &csi::CreateVolumeRequest,
         origin: &Origin,
-    ) -> Result<Vec<Node>, Status> {
+    ) -> Vec<Node> {
         let mut nodes = self.nodes.all().await.there;
         nodes.sort_by_key(|node| std::cmp::Reverse(node.info.available_bytes));
         if let Some(wanted) = &request.accessibility_requirements {
@@ -191,12 +200,17 @@ impl Controller {
             let pool = pool.to_string();
             nodes.retain(|node| node.info.pool == pool);
         }
-        if nodes.is_empty() {
-            return Err(Status::resource_exhausted(
-                "none of the nodes asked for can have the volume",
-            ));
-        }
-        Ok(nodes)
+        nodes
+    }
+
+    /// Makes sure that no node is away that may have the volume already: `UNAVAILABLE`.
+    async fn nobody_away(&self, request: &csi::CreateVolumeRequest) -> Result<(), Status> {
+        let wanted = request.accessibility_requirements.iter();
+        let names: Vec<_> = wanted
+            .flat_map(|wanted| &wanted.requisite)
+            .filter_map(|topology| topology.segments.get(TOPOLOGY).map(String::as_str))
+            .collect();
+        self.nodes.nobody_away(&names).await
     }
 
     fn create_request(
