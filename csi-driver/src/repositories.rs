@@ -82,14 +82,15 @@ impl Repositories {
         self.0.named.iter().map(|(name, _)| name.as_str())
     }
 
-    /// The URL of a repository that is given by its name or as a URL.
+    /// The URL of a repository that is given by its name or as a URL. `FAILED_PRECONDITION` without one of this name.
     pub fn url(&self, repository: &str) -> Result<RepositoryUrl, Status> {
         if let Some((_, url)) = self.0.named.iter().find(|(name, _)| name == repository) {
             return Ok(url.clone());
         }
         if !repository.contains("://") {
             let known: Vec<_> = self.names().collect();
-            return Err(Status::not_found(format!(
+            // What is in it is there all the same, so it must not count as gone.
+            return Err(Status::failed_precondition(format!(
                 "no repository is named {repository:?}; there are: {}",
                 known.join(", ")
             )));

@@ -388,8 +388,31 @@ async fn many_nodes_read_one_snapshot() {
     let readers = mounted("", Mode::MultiNodeReaderOnly);
     let request = from_snapshot(wanted("shared", 0, &readers), &snapshot.snapshot_id);
     let shared = client.create(request.clone()).await.unwrap();
-    assert_eq!(client.create(request).await.unwrap().volume_id, shared.volume_id);
+    assert_eq!(client.create(request.clone()).await.unwrap().volume_id, shared.volume_id);
     assert!(shared.accessible_topology.is_empty());
+    // The same again is the same volume, also of a URL that leads elsewhere by now; something else is refused.
+    let latest = from_snapshot(wanted("latest", 0, &readers), "main#default/origin/@latest/origin");
+    let first = client.create(latest.clone()).await.unwrap();
+    let later = client.ready_snapshot(&volume.volume_id, "later").await;
+    assert_eq!(client.create(latest).await.unwrap().volume_id, first.volume_id);
+    let other = from_snapshot(wanted("shared", 0, &readers), &later.snapshot_id);
+    assert_eq!(client.create(other).await.unwrap_err().code(), Code::AlreadyExists);
+    // An id that does not fit is no volume, and has no pin.
+    let pins = machine.pins();
+    let long = machine.path(&"long".repeat(25));
+    std::os::unix::fs::symlink(machine.path("repository"), &long).unwrap();
+    let long = format!("file://{}#default/origin/s/origin", long.display());
+    let refused = from_snapshot(wanted("long", 0, &readers), &long);
+    assert_eq!(client.create(refused).await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(machine.pins(), pins);
+    // What is in a repository without a name is not gone.
+    let unnamed = first.volume_id.replace("/main#", "/other#");
+    assert_eq!(client.delete(&unnamed).await.unwrap_err().code(), Code::FailedPrecondition);
+    let unnamed = later.snapshot_id.replace("main#", "other#");
+    let refused = client.delete_snapshot(&unnamed).await.unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    client.delete(&first.volume_id).await.unwrap();
+    client.delete_snapshot(&later.snapshot_id).await.unwrap();
     let at = client.publish(&machine, &shared.volume_id, &readers, "r").await.unwrap();
     assert!(has_files(&at, 1, 10));
     assert!(fs::write(at.join("x"), "x").is_err());

@@ -3,9 +3,10 @@
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::id::SnapshotId;
-use crate::key::Key;
+use crate::key::{self, Key};
 use crate::record::{End, Pin, PinOwner, kind};
 use crate::repository::{Repository, stamp};
+use crate::store::list_each;
 
 /// Keeps the data of a snapshot until it is ended: even when the snapshot is deleted and purged, and however long
 /// its owner is silent.
@@ -42,23 +43,20 @@ impl ClonePin {
         result.map(|()| pin)
     }
 
-    /// The same, or the pin of this id that an earlier call has taken. Calls for one id must not overlap.
-    pub async fn take_or_find(
-        repo: &Repository,
-        id: SnapshotId,
-        snapshot: SnapshotId,
-        ctx: &Context,
-    ) -> Result<Self> {
-        match repo.store().get(&Key::pin(id, 0)).await {
-            Ok(_) => {
-                let pin = Self::taken(repo, id, snapshot);
-                // The earlier call may have died before it asked this.
-                pin.check_readable().await?;
-                Ok(pin)
-            }
-            Err(error) if error.is_not_found() => Self::take_as(repo, id, snapshot, ctx).await,
-            Err(error) => Err(error.into()),
-        }
+    /// The pin of this id that an earlier call has taken, of whatever snapshot. Calls for one id must not overlap.
+    pub async fn find(repo: &Repository, id: SnapshotId) -> Result<Option<Self>> {
+        let key = Key::pin(id, 0);
+        let body = match repo.store().get(&key).await {
+            Ok(body) => body,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let pinned: Pin = repo.unseal(kind::PIN, &key, &body)?;
+        let Some(snapshot) = pinned.snapshots.first() else { return Ok(None) };
+        let pin = Self::taken(repo, id, *snapshot);
+        // The earlier call may have died before it asked this.
+        pin.check_readable().await?;
+        Ok(Some(pin))
     }
 
     /// A pin that was taken before, maybe by another process.
@@ -111,6 +109,16 @@ impl ClonePin {
 }
 
 impl Repository {
+    /// Whose pins there are, of those whose ids begin with this text.
+    pub async fn pinned_by(&self, prefix: &str) -> Result<Vec<SnapshotId>> {
+        let mut owners = Vec::new();
+        list_each(self.store(), &format!("{}{prefix}", key::PINS), |entry| {
+            owners.extend(key::parse_numbered(&entry.key, key::PINS).map(|pin| pin.session));
+        })
+        .await?;
+        Ok(owners)
+    }
+
     /// True when a clone needs its pins no longer, as far as that is not in a grave.
     pub async fn has_ended(&self, clone: SnapshotId) -> Result<bool> {
         match self.store().get(&Key::end(clone)).await {

@@ -11,6 +11,7 @@
 mod attributes;
 mod metadata;
 mod paging;
+mod read_only;
 mod service;
 mod snapshots;
 mod volumes;

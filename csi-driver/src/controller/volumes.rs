@@ -32,7 +32,7 @@ const DEFAULT_BYTES: u64 = 1 << 30;
 const BLOCK_BYTES: u64 = 4096;
 
 /// What a new volume begins with.
-enum Origin {
+pub(super) enum Origin {
     Empty,
     Snapshot(Box<Found>),
     Volume { pool: SnapshotId, name: Name, size_bytes: u64 },
@@ -40,8 +40,8 @@ enum Origin {
 
 /// The sizes that a caller takes.
 #[derive(Clone, Copy)]
-struct Sizes {
-    required_bytes: u64,
+pub(super) struct Sizes {
+    pub required_bytes: u64,
     limit_bytes: Option<u64>,
 }
 
@@ -84,7 +84,7 @@ impl Sizes {
         }
     }
 
-    fn fits(self, size_bytes: u64) -> bool {
+    pub fn fits(self, size_bytes: u64) -> bool {
         size_bytes >= self.required_bytes
             && self.limit_bytes.is_none_or(|limit| size_bytes <= limit)
     }
@@ -103,7 +103,7 @@ impl Controller {
         let _operation = self.locks.begin([format!("volume {}", request.name)])?;
         let (origin, source) = self.origin(&request, &parameters).await?;
         if usages.iter().any(|usage| usage.mode == Mode::MultiNodeReaderOnly) {
-            return self.create_read_only(&request, &usages, sizes, origin).await;
+            return self.create_read_only(&request, &usages, sizes, origin, &source).await;
         }
         let candidates = self.candidates(&request, &origin).await;
         for Node { info, agent } in &candidates {
@@ -178,11 +178,7 @@ impl Controller {
     }
 
     /// The nodes that may have a volume, the best first.
-    async fn candidates(
-        &self,
-        request: &csi::CreateVolumeRequest,
-        origin: &Origin,
-    ) -> Vec<Node> {
+    async fn candidates(&self, request: &csi::CreateVolumeRequest, origin: &Origin) -> Vec<Node> {
         let mut nodes = self.nodes.all().await.there;
         nodes.sort_by_key(|node| std::cmp::Reverse(node.info.available_bytes));
         if let Some(wanted) = &request.accessibility_requirements {
@@ -265,59 +261,6 @@ impl Controller {
         })
     }
 
-    /// A volume that all nodes may read: nothing but a pin, until nodes make their clones.
-    async fn create_read_only(
-        &self,
-        request: &csi::CreateVolumeRequest,
-        usages: &[Usage],
-        sizes: Sizes,
-        origin: Origin,
-    ) -> Result<csi::Volume, Status> {
-        let Origin::Snapshot(found) = origin else {
-            return Err(Status::invalid_argument(
-                "only a snapshot can be read on many nodes: the volume needs one as its source",
-            ));
-        };
-        if usages.iter().any(|usage| usage.mode != Mode::MultiNodeReaderOnly) {
-            return Err(Status::invalid_argument(
-                "a volume that many nodes read can't be written on one",
-            ));
-        }
-        let (volume, number) = found.volume()?;
-        if !sizes.fits(volume.len_bytes) && sizes.required_bytes > volume.len_bytes {
-            return Err(Status::out_of_range(format!(
-                "the snapshot has {} bytes, and nobody could write to more",
-                volume.len_bytes
-            )));
-        }
-        let pin = pin_of(&request.name, found.record.id);
-        let repository = &found.opened.repository;
-        if repository.has_ended(pin).await.map_err(failure::of_engine)? {
-            return Err(Status::already_exists(format!(
-                "volume {} was deleted: a new one needs another name",
-                request.name
-            )));
-        }
-        let taken = ClonePin::take_or_find(repository, pin, found.record.id, &self.ctx).await;
-        taken.map_err(failure::of_engine)?;
-        let url = found.url.to_string();
-        let handle = VolumeHandle::ReadOnly {
-            pin,
-            number,
-            repository: self.repositories.short(&url).to_owned(),
-            snapshot: found.record.id,
-        };
-        let volume_id = handle.to_string();
-        check("volume id (give the repository a name)", &volume_id)?;
-        Ok(csi::Volume {
-            capacity_bytes: signed(volume.len_bytes),
-            volume_id,
-            volume_context: [].into(),
-            content_source: request.volume_content_source.clone(),
-            accessible_topology: vec![],
-        })
-    }
-
     pub(super) async fn delete(&self, request: csi::DeleteVolumeRequest) -> Result<(), Status> {
         check("volume id", &request.volume_id)?;
         // An id that was never given out has no volume.
@@ -330,10 +273,7 @@ impl Controller {
                 Err(status) => Err(status),
             },
             VolumeHandle::ReadOnly { pin, repository, snapshot, .. } => {
-                let url = match self.repositories.url(&repository) {
-                    Err(status) if status.code() == Code::NotFound => return Ok(()),
-                    url => url?,
-                };
+                let url = self.repositories.url(&repository)?;
                 let opened = self.repositories.open(&url, &request.secrets).await?;
                 let pin = ClonePin::taken(&opened.repository, pin, snapshot);
                 pin.end(&self.ctx).await.map_err(failure::of_engine)
@@ -574,16 +514,6 @@ fn condition(trouble: String) -> csi::VolumeCondition {
 
 fn is_on(topology: &csi::Topology, node: &str) -> bool {
     topology.segments.get(TOPOLOGY).is_some_and(|name| name == node)
-}
-
-/// The same id for the same name and snapshot, so that a repeated call takes no second pin.
-fn pin_of(name: &str, snapshot: SnapshotId) -> SnapshotId {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&snapshot.to_bytes());
-    hasher.update(name.as_bytes());
-    let mut bytes = [0; 16];
-    hasher.finalize_xof().fill(&mut bytes);
-    SnapshotId::from_parts(snapshot.unix_ms(), u128::from_le_bytes(bytes))
 }
 
 /// Sizes of CSI are signed.
