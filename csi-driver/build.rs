@@ -8,7 +8,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = std::env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?;
     let path = std::path::Path::new(&out).join("interfaces.bin");
     std::fs::write(path, files.encode_to_vec())?;
-    // It holds secrets: `agent::local` shows the rest.
-    tonic_prost_build::configure().skip_debug(["petra.agent.v1.Repository"]).compile_fds(files)?;
+    // They hold secrets: `agent::local` shows the rest.
+    let secret = ["petra.agent.v1.Repository", "petra.agent.v1.DeleteVolumeRequest"];
+    tonic_prost_build::configure().skip_debug(secret).compile_fds(files)?;
     Ok(())
 }

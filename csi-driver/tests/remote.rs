@@ -4,7 +4,7 @@
 
 mod authority;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -66,7 +66,11 @@ impl NodeAgent for Fake {
         Ok(volume)
     }
 
-    async fn delete_volume(&self, name: &str) -> Result<(), Status> {
+    async fn delete_volume(
+        &self,
+        name: &str,
+        _: &HashMap<String, String>,
+    ) -> Result<(), Status> {
         tokio::time::sleep(self.slow).await;
         self.volumes.lock().unwrap().remove(name);
         Ok(())
@@ -158,7 +162,7 @@ async fn calls_and_answers_arrive() {
     let made = agent.create_volume(request).await.unwrap();
     assert_eq!(made, agent.volume("v").await.unwrap());
     assert_eq!(agent.volumes().await.unwrap(), [made]);
-    agent.delete_volume("v").await.unwrap();
+    agent.delete_volume("v", &[].into()).await.unwrap();
     // What the node says is what the caller hears.
     let error = agent.volume("v").await.unwrap_err();
     assert_eq!((error.code(), error.message()), (Code::NotFound, "no volume \"v\""));
@@ -269,7 +273,7 @@ async fn nodes_are_found_by_pool_and_by_name() {
 
     // Another node at its address is not taken for it.
     let other = Running::start_at(address, Fake::new("c", 3), &certificates).await;
-    let error = agent_b.delete_volume("v").await.unwrap_err();
+    let error = agent_b.delete_volume("v", &[].into()).await.unwrap_err();
     assert_eq!(error.code(), Code::Unavailable, "{error}");
     tokio::time::sleep(Duration::from_millis(1100)).await;
     assert_eq!(nodes.by_pool(nowhere).await.unwrap().info().await.unwrap().node, "c");
@@ -318,7 +322,7 @@ async fn what_is_under_way_may_end() {
     let tls = Tls::open(authority.issue(CONTROLLER)).unwrap();
     let agent = RemoteAgent::new(&node.url(), tls).unwrap();
     agent.info().await.unwrap();
-    let deletion = tokio::spawn(async move { agent.delete_volume("v").await });
+    let deletion = tokio::spawn(async move { agent.delete_volume("v", &[].into()).await });
     tokio::time::sleep(Duration::from_millis(200)).await;
     node.stop().await;
     deletion.await.unwrap().unwrap();

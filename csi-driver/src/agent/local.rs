@@ -38,6 +38,8 @@ use super::{
 };
 use crate::failure::{of_engine, of_volume};
 use crate::locks::Locks;
+use crate::proto::agent::DeleteVolumeRequest;
+use crate::repositories::Secrets;
 use volumes::ROUND_BYTES;
 
 /// How long a read of a lazy clone waits for a repository that is away.
@@ -252,9 +254,9 @@ impl NodeAgent for LocalAgent {
         to_its_end(async move { agent.make_volume(request).await }).await
     }
 
-    async fn delete_volume(&self, name: &str) -> Result<(), Status> {
-        let (agent, name) = (self.clone(), name_of("volume", name)?);
-        to_its_end(async move { agent.remove_volume(name).await }).await
+    async fn delete_volume(&self, name: &str, secrets: &Secrets) -> Result<(), Status> {
+        let (agent, name, secrets) = (self.clone(), name_of("volume", name)?, secrets.clone());
+        to_its_end(async move { agent.remove_volume(name, secrets).await }).await
     }
 
     async fn volume(&self, name: &str) -> Result<Volume, Status> {
@@ -315,6 +317,13 @@ fn url_of(text: &str) -> Result<RepositoryUrl, Status> {
 
 fn name_of(what: &'static str, text: &str) -> Result<Name, Status> {
     Name::new(what, text).map_err(of_engine)
+}
+
+/// As [`Repository`]: it holds secrets.
+impl fmt::Debug for DeleteVolumeRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeleteVolumeRequest").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 /// Requests hold secrets, so that what is generated would show them.

@@ -21,6 +21,8 @@ use std::fmt;
 use async_trait::async_trait;
 use tonic::Status;
 
+use crate::repositories::Secrets;
+
 pub use crate::proto::agent::{
     AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeInfo, Repository,
     SnapshotMember, SnapshotSource, TakeSnapshotRequest, Upload, UploadMember, Volume,
@@ -51,8 +53,9 @@ pub trait NodeAgent: Send + Sync + fmt::Debug {
     /// differs from what is asked for, `RESOURCE_EXHAUSTED` without room.
     async fn create_volume(&self, request: CreateVolumeRequest) -> Result<Volume, Status>;
 
-    /// Deletes a volume. Succeeds where there is none. `FAILED_PRECONDITION` while it is staged.
-    async fn delete_volume(&self, name: &str) -> Result<(), Status>;
+    /// Deletes a volume. Succeeds where there is none. `FAILED_PRECONDITION` while it is staged. A lazy clone lets go of
+    /// its snapshot with these secrets: those that came when it was used are gone when the machine was restarted.
+    async fn delete_volume(&self, name: &str, secrets: &Secrets) -> Result<(), Status>;
 
     /// Finds a volume: `NOT_FOUND`.
     async fn volume(&self, name: &str) -> Result<Volume, Status>;

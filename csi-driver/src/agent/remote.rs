@@ -24,6 +24,7 @@ use crate::proto::agent::{
     DeleteVolumeRequest, DiscardUploadRequest, GetInfoRequest, GetVolumeRequest,
     ListUploadsRequest, ListVolumesRequest,
 };
+use crate::repositories::Secrets;
 use crate::telemetry;
 
 /// The metadata by which a call says which pool it is for.
@@ -237,8 +238,8 @@ impl NodeAgent for RemoteAgent {
         .await
     }
 
-    async fn delete_volume(&self, name: &str) -> Result<(), Status> {
-        let request = DeleteVolumeRequest { name: name.to_owned() };
+    async fn delete_volume(&self, name: &str, secrets: &Secrets) -> Result<(), Status> {
+        let request = DeleteVolumeRequest { name: name.to_owned(), secrets: secrets.clone() };
         self.call(LONG, request, |mut client, request| async move {
             client.delete_volume(request).await
         })

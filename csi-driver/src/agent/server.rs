@@ -133,7 +133,8 @@ impl Service for Served {
         request: Request<DeleteVolumeRequest>,
     ) -> Result<Response<DeleteVolumeResponse>, Status> {
         let agent = self.agent(&request).await?;
-        agent.delete_volume(&request.get_ref().name).await?;
+        let DeleteVolumeRequest { name, secrets } = request.get_ref();
+        agent.delete_volume(name, secrets).await?;
         Ok(Response::new(DeleteVolumeResponse {}))
     }
 

@@ -268,7 +268,7 @@ impl Controller {
         let _operation = self.locks.begin([request.volume_id.clone()])?;
         match handle {
             VolumeHandle::Local { pool, name } => match self.nodes.by_pool(pool).await {
-                Ok(agent) => agent.delete_volume(name.as_str()).await,
+                Ok(agent) => agent.delete_volume(name.as_str(), &request.secrets).await,
                 Err(status) if status.code() == Code::NotFound => Ok(()),
                 Err(status) => Err(status),
             },
@@ -319,7 +319,7 @@ impl Controller {
         }
         let unconfirmed =
             |message: String| csi::ValidateVolumeCapabilitiesResponse { confirmed: None, message };
-        let found = self.found(&request.volume_id, &[].into()).await?;
+        let found = self.found(&request.volume_id, &request.secrets).await?;
         let usages = match Usage::of_all(&request.volume_capabilities) {
             Ok(usages) => usages,
             Err(status) => return Ok(unconfirmed(status.message().to_owned())),

@@ -45,7 +45,7 @@ fn pins(repo: &Repo) -> usize {
 async fn a_snapshot_becomes_volumes_here_and_elsewhere() {
     let Some(node) = Node::new(BackendKind::Btrfs) else { return };
     let Some(other) = Node::new(BackendKind::Xfs) else { return };
-    let repo = Repo::plain(&node).await;
+    let repo = Repo::encrypted(&node).await;
     let snapshot = snapshot(&node, &repo).await;
     for (node, is_lazy) in [(&node, false), (&other, true)] {
         let agent = &node.agent;
@@ -94,13 +94,15 @@ async fn a_snapshot_becomes_volumes_here_and_elsewhere() {
         assert!(has_file(&at) && fs::read(at.join("own")).unwrap() == noise(2, 1_000_000));
         assert!(total_bytes(node, "c") > 64 * MIB);
         node.unmount("c");
-        agent.delete_volume("c").await.unwrap();
+        agent.delete_volume("c", &[].into()).await.unwrap();
         wait_for("the end of the pin", async || pins(&repo) == 0).await;
     }
     // One that is deleted before its data came lets go of the snapshot, too.
     other.agent.create_volume(repo.clone_of(&snapshot, "d", 0)).await.unwrap();
     assert_eq!(pins(&repo), 1);
-    other.agent.delete_volume("d").await.unwrap();
+    // The machine was restarted meanwhile: the secrets are those of this call.
+    fs::remove_dir_all(other.run().join("secrets")).unwrap();
+    other.agent.delete_volume("d", &repo.message.secrets).await.unwrap();
     wait_for("the end of the pin", async || pins(&repo) == 0).await;
     assert!(other.pool.pool.noted_pins().unwrap().is_empty());
 }

@@ -95,7 +95,7 @@ async fn an_upload_goes_on_after_its_process_was_killed() {
         assert_eq!(agent.uploads().await.unwrap(), std::slice::from_ref(&taken));
         let other = agent.take_snapshot(repo.take("s", &["v", "w"])).await.unwrap_err();
         assert_eq!(other.code(), Code::AlreadyExists, "{other}");
-        let in_use = agent.delete_volume("v").await.unwrap_err();
+        let in_use = agent.delete_volume("v", &[].into()).await.unwrap_err();
         assert_eq!(in_use.code(), Code::FailedPrecondition, "{in_use}");
         let pid = node.uploader(&taken.id).unwrap();
         kill(pid);
@@ -112,7 +112,7 @@ async fn an_upload_goes_on_after_its_process_was_killed() {
     let first: petra_engine::SnapshotId = taken.id.parse().unwrap();
     assert_eq!(snapshot.id, first.nth_after(2));
     assert_eq!(repo.open.snapshots(&Item::Repository).await.unwrap().len(), 1);
-    agent.delete_volume("v").await.unwrap();
+    agent.delete_volume("v", &[].into()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -169,7 +169,7 @@ async fn an_upload_is_discarded_while_it_runs() {
     let made = repo.open.snapshots(&Item::Repository).await.unwrap();
     assert!(made.iter().all(|record| upload_of(record) == id), "{made:?}");
     wait_for("the end of its process", async || node.uploader(&taken.id).is_none()).await;
-    agent.delete_volume("v").await.unwrap();
+    agent.delete_volume("v", &[].into()).await.unwrap();
     let uploads = fs::read_dir(node.pool.pool.root().join("uploads")).unwrap();
     assert_eq!(uploads.count(), 0);
 }

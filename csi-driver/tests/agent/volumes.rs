@@ -72,12 +72,12 @@ async fn volumes_are_made_once_and_found() {
 
         // Deleted, which can be repeated.
         node.mount("a");
-        let refused = agent.delete_volume("a").await.unwrap_err();
+        let refused = agent.delete_volume("a", &[].into()).await.unwrap_err();
         assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
         assert!(agent.volume("a").await.unwrap().attached);
         node.unmount("a");
         for _ in 0..2 {
-            agent.delete_volume("a").await.unwrap();
+            agent.delete_volume("a", &[].into()).await.unwrap();
         }
         assert_eq!(names().await, ["b", "c", "d"]);
         let before = agent.info().await.unwrap();
@@ -85,7 +85,7 @@ async fn volumes_are_made_once_and_found() {
             (before.node.as_str(), before.pool),
             ("here", node.pool.pool.state().id.to_string())
         );
-        agent.delete_volume("b").await.unwrap();
+        agent.delete_volume("b", &[].into()).await.unwrap();
         let after = agent.info().await.unwrap();
         assert_eq!(after.available_bytes, before.available_bytes + 300 * MIB);
         assert_eq!(after.largest_volume_bytes, after.available_bytes / 4096 * 4096);
@@ -108,7 +108,8 @@ async fn calls_at_one_time_make_one_volume() {
     let call = node.agent.create_volume(create("w", 20 * MIB, "ext4"));
     assert!(tokio::time::timeout(std::time::Duration::from_millis(1), call).await.is_err());
     wait_for("the volume", async || node.agent.volume("w").await.is_ok()).await;
-    let deleted = join_all((0..4).map(|_| node.agent.delete_volume("v"))).await;
+    let secrets = [].into();
+    let deleted = join_all((0..4).map(|_| node.agent.delete_volume("v", &secrets))).await;
     assert!(deleted.iter().all(Result::is_ok), "{deleted:?}");
     assert_eq!(fs::read_dir(node.pool.pool.root().join("new")).unwrap().count(), 0);
 }

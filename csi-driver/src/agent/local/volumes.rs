@@ -22,6 +22,7 @@ use crate::agent::{
     CreateVolumeRequest, ExpandVolumeRequest, Repository, SnapshotSource, Source, Volume,
 };
 use crate::failure::{of_engine, of_volume};
+use crate::repositories::Secrets;
 
 /// Sizes are multiples of this, except that of a clone that is as large as its source.
 pub(super) const ROUND_BYTES: u64 = 4096;
@@ -269,7 +270,7 @@ impl LocalAgent {
         changed.await.map_err(of_volume)
     }
 
-    pub(super) async fn remove_volume(&self, name: Name) -> Result<(), Status> {
+    pub(super) async fn remove_volume(&self, name: Name, secrets: Secrets) -> Result<(), Status> {
         let pool = self.pool().clone();
         let removed = pins::blocking(move || {
             let mut locked = match pool.volume(&name).and_then(|volume| volume.lock()) {
@@ -287,7 +288,12 @@ impl LocalAgent {
         if let Some(url) = removed.await.map_err(of_volume)? {
             // It is noted: if it fails now, it is tried again.
             let agent = self.clone();
-            tokio::spawn(async move { agent.settle_pins_of(url).await });
+            tokio::spawn(async move {
+                if let Err(status) = agent.keep_secrets(&url, &secrets).await {
+                    tracing::warn!(url, error = status.message(), "the secrets don't open it");
+                }
+                agent.settle_pins_of(url).await;
+            });
         }
         Ok(())
     }
