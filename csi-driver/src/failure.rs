@@ -23,6 +23,7 @@ pub fn of_volume(error: petra_volume::Error) -> Status {
         Error::Busy { .. } => Code::Aborted,
         Error::Thawed { .. } | Error::Hydrating { .. } => Code::Unavailable,
         Error::NoRoom { .. } => Code::ResourceExhausted,
+        full if full.is_full() => Code::ResourceExhausted,
         Error::Cancelled => Code::Cancelled,
         _ => Code::Internal,
     };
@@ -56,4 +57,22 @@ fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn a_file_system_without_room_is_no_fault_of_ours() {
+        let of = |cause: io::ErrorKind| {
+            let failed = petra_volume::Error::io("write", "/pool/x")(io::Error::from(cause));
+            of_volume(failed).code()
+        };
+        assert_eq!(of(io::ErrorKind::StorageFull), Code::ResourceExhausted);
+        assert_eq!(of(io::ErrorKind::QuotaExceeded), Code::ResourceExhausted);
+        assert_eq!(of(io::ErrorKind::NotFound), Code::Internal);
+    }
 }

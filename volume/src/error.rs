@@ -167,8 +167,9 @@ impl Error {
     }
 
     /// True when a file could not be written for want of room.
-    pub(crate) fn is_full(&self) -> bool {
-        matches!(self, Self::Io { cause, .. } if cause.kind() == io::ErrorKind::StorageFull)
+    pub fn is_full(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Self::Io { cause, .. } if matches!(cause.kind(), StorageFull | QuotaExceeded))
     }
 
     /// Turns the system's answer to `action` on `path` into an error.
