@@ -45,6 +45,13 @@ const LABEL: &str = "label.";
 pub const FROM: &str = "from";
 /// How what a volume was made with is called in its metadata.
 const REMEMBERED: &str = "class.";
+/// And what it was given later, which counts more.
+const ATTRIBUTES: &str = "attributes.";
+
+/// True for what a volume remembers of attributes.
+pub fn is_attribute(key: &str) -> bool {
+    key.starts_with(ATTRIBUTES)
+}
 
 /// Parameters that are understood. An error for others: a typing error must not go unnoticed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -102,22 +109,33 @@ impl Parameters {
 
     /// What a volume should remember, to know where its snapshots go.
     pub fn to_metadata(&self) -> BTreeMap<String, String> {
+        self.remembered(REMEMBERED)
+    }
+
+    /// The same of attributes, which take the place of all those before.
+    pub fn to_attributes(&self) -> BTreeMap<String, String> {
+        self.remembered(ATTRIBUTES)
+    }
+
+    fn remembered(&self, how: &str) -> BTreeMap<String, String> {
         let class = self.class.iter().filter(|(key, _)| *key != FROM);
-        let class = class.map(|(key, value)| (format!("{REMEMBERED}{key}"), value.clone()));
+        let class = class.map(|(key, value)| (format!("{how}{key}"), value.clone()));
         class.chain(self.words.clone()).collect()
     }
 
     /// The same from the metadata of a volume.
     pub fn of_metadata<'a>(metadata: impl IntoIterator<Item = (&'a String, &'a String)>) -> Self {
-        let mut read = Self::default();
+        let (mut read, mut attributes) = (Self::default(), Self::default());
         for (key, value) in metadata {
             if let Some(key) = key.strip_prefix(REMEMBERED) {
                 read.class.insert(key.to_owned(), value.clone());
+            } else if let Some(key) = key.strip_prefix(ATTRIBUTES) {
+                attributes.class.insert(key.to_owned(), value.clone());
             } else if WORDS.iter().any(|(_, word)| word == key) {
                 read.words.insert(key.clone(), value.clone());
             }
         }
-        read
+        attributes.over(&read)
     }
 
     /// These, and of the others what these do not say.
@@ -234,6 +252,21 @@ mod tests {
         assert_eq!((place.experiment.as_str(), place.run.as_str()), ("b-data-v", "r"));
         let labels: Vec<_> = place.labels.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         assert_eq!(labels, [("owner", "data"), ("phase", "x")]);
+    }
+
+    #[test]
+    fn attributes_count_more_than_the_storage_class() {
+        let volume = [("run", "r"), ("label.phase", "x"), ("label.owner", "y")];
+        let mut metadata = parameters(&[&CLAIM[..], &volume].concat(), true).unwrap().to_metadata();
+        let attributes = [("run", "${pvc.name}-2"), ("label.phase", "z")];
+        metadata.extend(parameters(&attributes, false).unwrap().to_attributes());
+        let place = Parameters::of_metadata(&metadata).place("s", "v").unwrap();
+        assert_eq!((place.experiment.as_str(), place.run.as_str()), ("team", "data-2"));
+        let labels: Vec<_> = place.labels.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        assert_eq!(labels, [("owner", "y"), ("phase", "z")]);
+        metadata.retain(|key, _| !is_attribute(key));
+        let place = Parameters::of_metadata(&metadata).place("s", "v").unwrap();
+        assert_eq!((place.run.as_str(), place.labels["phase"].as_str()), ("r", "x"));
     }
 
     #[test]

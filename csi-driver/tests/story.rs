@@ -49,11 +49,25 @@ async fn a_claim_is_written_snapshotted_and_cloned() {
     let at = client.publish(&machine, &volume.volume_id, &writer(), "a").await.unwrap();
     write_files(&at, 1, 20);
 
+    // Attributes take the place of those before.
+    for parameters in [[("label.phase", "one"), ("label.old", "x")], [("label.phase", "two"); 2]] {
+        let pairs = parameters.map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let modify = ControllerModifyVolumeRequest {
+            volume_id: volume.volume_id.clone(),
+            mutable_parameters: pairs.into(),
+            ..Default::default()
+        };
+        client.controller.clone().controller_modify_volume(modify).await.unwrap();
+    }
+
     // The snapshot is a thing of its own: it is found by its URL, too.
     let snapshot = client.ready_snapshot(&volume.volume_id, "snapshot-1").await;
     assert_eq!(snapshot.source_volume_id, volume.volume_id);
     let listed = machine.petra(&["ls", &format!("{}#team/data", machine.repository())]);
     assert!(listed.contains("snapshot-1"), "{listed}");
+    let info = format!("{}#team/data/snapshot-1", machine.repository());
+    let info = machine.petra(&["info", &info, "--json"]);
+    assert!(info.contains("phase") && info.contains("two") && !info.contains("old"), "{info}");
     write_files(&at, 2, 5);
 
     // Clones: of the snapshot, larger; of the volume as it is now; of the snapshot by its URL.

@@ -11,7 +11,7 @@ use crate::agent::nodes::Node;
 use crate::capability::Usage;
 use crate::handle::VolumeHandle;
 use crate::proto::csi;
-use crate::template::Parameters;
+use crate::template::{Parameters, is_attribute};
 
 /// Metadata of a volume that is published: how.
 const PUBLISHED: &str = "csi.published";
@@ -92,7 +92,8 @@ impl Controller {
         }
     }
 
-    /// Changes where the snapshots of a volume go, and their labels.
+    /// Changes where the snapshots of a volume go, and their labels. The parameters are all those of a class: what an
+    /// earlier class said and this one does not is as the StorageClass has it.
     pub(super) async fn modify(
         &self,
         request: csi::ControllerModifyVolumeRequest,
@@ -102,7 +103,10 @@ impl Controller {
         let (pool, name) = local(&request.volume_id)?;
         let _operation = self.locks.begin([request.volume_id.clone()])?;
         let agent = self.nodes.by_pool(pool).await?;
-        let request = AnnotateVolumeRequest { name: name.to_string(), set, remove: vec![] };
+        let before = agent.volume(name.as_str()).await?.metadata;
+        let gone = |key: &String| is_attribute(key) && !set.contains_key(key);
+        let remove = before.into_keys().filter(gone).collect();
+        let request = AnnotateVolumeRequest { name: name.to_string(), set, remove };
         agent.annotate_volume(request).await.map(drop)
     }
 }
@@ -111,5 +115,5 @@ impl Controller {
 pub(super) fn mutable(
     parameters: &HashMap<String, String>,
 ) -> Result<HashMap<String, String>, Status> {
-    Ok(Parameters::read(parameters, false)?.to_metadata().into_iter().collect())
+    Ok(Parameters::read(parameters, false)?.to_attributes().into_iter().collect())
 }
