@@ -34,8 +34,9 @@ const WORDS: [(&str, &str); 9] = [
 ];
 /// What sidecars tell that no template needs.
 const FOREIGN: &str = "csi.storage.k8s.io/";
-/// Parameters of classes.
-const REPOSITORY: &str = "repository";
+/// The repository of snapshots, by name or URL.
+pub const REPOSITORY: &str = "repository";
+/// The other parameters of classes.
 const EXPERIMENT: &str = "experiment";
 const RUN: &str = "run";
 const SNAPSHOT: &str = "snapshot";

@@ -391,6 +391,38 @@ async fn a_driver_that_is_killed_leaves_lazy_clones_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_outlives_its_volume_and_is_found_among_repositories() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.pool("pool", "xfs");
+    // A repository that nobody here can open.
+    let sealed = format!("file://{}", machine.path("sealed").display());
+    machine.environment.push(("PETRA_PASSPHRASE".to_owned(), "somebody else's".to_owned()));
+    machine.petra(&["init", "--encrypt", &sealed]);
+    machine.environment.clear();
+    let pool = format!("--pool={}", machine.path("pool").display());
+    let sealed = format!("--repository=sealed={sealed}");
+    let options = ["--role=all", "--node-name=here", &pool, &sealed];
+    let client = machine.start("all.sock", &options).await;
+    let volume = client.create(wanted("v", 64 * MIB, &writer())).await.unwrap();
+    let taken = client.snapshot(&volume.volume_id, "s").await.unwrap();
+    let listed = || async {
+        let list = ListSnapshotsRequest::default();
+        let listed = client.controller.clone().list_snapshots(list).await.unwrap().into_inner();
+        listed.entries.into_iter().map(|entry| entry.snapshot.unwrap()).collect::<Vec<_>>()
+    };
+    while !listed().await.iter().any(|found| found.ready_to_use) {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    // The upload ended before anybody asked for it again, and the volume is gone.
+    client.delete(&volume.volume_id).await.unwrap();
+    let again = client.snapshot(&volume.volume_id, "s").await.unwrap();
+    assert_eq!((&again.snapshot_id, again.ready_to_use), (&taken.snapshot_id, true));
+    assert_eq!(listed().await, [again]);
+    let never = client.snapshot(&volume.volume_id, "another").await.unwrap_err();
+    assert_eq!(never.code(), Code::NotFound);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_nodes_read_one_snapshot() {
     let Some(mut machine) = Machine::new() else { return };
     machine.pool("pool", "xfs");

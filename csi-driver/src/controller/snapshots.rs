@@ -15,7 +15,7 @@ use crate::failure;
 use crate::handle::SnapshotHandle;
 use crate::proto::csi;
 use crate::repositories::{Found, Opened, Secrets};
-use crate::template::{Parameters, Place};
+use crate::template::{Parameters, Place, REPOSITORY};
 
 /// Metadata of a snapshot: `csi.volume.MEMBER` is the id of the volume that it was taken of.
 const CSI_VOLUME: &str = "csi.volume.";
@@ -141,28 +141,25 @@ impl Controller {
     pub(super) async fn take(&self, wanted: Wanted) -> Result<Cut, Status> {
         let _operation = self.locks.begin([format!("snapshot {}", wanted.name)])?;
         let (pool, _) = local(wanted.volumes.first().map_or("", String::as_str))?;
-        let agent = self.nodes.by_pool(pool).await?;
-        let (request, place) = self.take_request(&wanted, &agent, pool).await?;
+        let (agent, request, place) = match self.prepare(&wanted, pool).await {
+            // A volume that is gone may have left the snapshot that an earlier call began.
+            Err(status) if status.code() == Code::NotFound => {
+                return self.taken_of_gone(&wanted).await?.ok_or(status);
+            }
+            prepared => prepared?,
+        };
         let repository = request.repository.as_ref().map(|repository| repository.url.clone());
         let repository = repository.unwrap_or_default();
         let short = self.repositories.short(&repository).to_owned();
         // First what is uploading, then what is uploaded: an upload is forgotten only when it is there.
-        for (uploading, upload) in self.uploads().await? {
-            if upload.metadata.get(CSI_NAME) == Some(&wanted.name) {
-                let short = self.repositories.short(&upload.repository).to_owned();
-                let cut = same(Cut::of_upload(&upload, &short)?, &wanted)?;
-                // Goes on with it if nobody does.
-                uploading.take_snapshot(request).await?;
-                return Ok(cut);
-            }
+        if let Some((uploading, cut)) = self.uploading(&wanted).await? {
+            // Goes on with it if nobody does.
+            uploading.take_snapshot(request).await?;
+            return Ok(cut);
         }
         let url: RepositoryUrl = repository.parse().map_err(failure::of_engine)?;
-        let opened = self.repositories.open(&url, &wanted.secrets).await?;
-        for record in opened.records().await? {
-            if record.metadata.get(CSI_NAME) == Some(&wanted.name) {
-                self.metrics.snapshot_uploaded(record.id, &record.stats);
-                return same(Cut::of_record(&record, &short), &wanted);
-            }
+        if let Some(cut) = self.uploaded(&wanted, &url).await? {
+            return Ok(cut);
         }
         // What would be the ids must fit before anything is taken.
         for member in &request.members {
@@ -172,6 +169,72 @@ impl Controller {
         }
         tracing::info!(experiment = %place.experiment, run = %place.run, name = %place.snapshot, "a snapshot is taken");
         Cut::of_upload(&agent.take_snapshot(request).await?, &short)
+    }
+
+    /// The upload that an earlier call of this name began, and the node that it is on.
+    async fn uploading(
+        &self,
+        wanted: &Wanted,
+    ) -> Result<Option<(Arc<dyn NodeAgent>, Cut)>, Status> {
+        for (agent, upload) in self.uploads().await? {
+            if upload.metadata.get(CSI_NAME) == Some(&wanted.name) {
+                let short = self.repositories.short(&upload.repository);
+                return Ok(Some((agent, same(Cut::of_upload(&upload, short)?, wanted)?)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The snapshot that an earlier call of this name took into a repository.
+    async fn uploaded(
+        &self,
+        wanted: &Wanted,
+        url: &RepositoryUrl,
+    ) -> Result<Option<Cut>, Status> {
+        let opened = self.repositories.open(url, &wanted.secrets).await?;
+        let records = opened.records().await?;
+        let is_wanted =
+            |record: &&Arc<SnapshotRecord>| record.metadata.get(CSI_NAME) == Some(&wanted.name);
+        let Some(record) = records.iter().find(is_wanted) else { return Ok(None) };
+        self.metrics.snapshot_uploaded(record.id, &record.stats);
+        let url = url.to_string();
+        same(Cut::of_record(record, self.repositories.short(&url)), wanted).map(Some)
+    }
+
+    /// The same where the volume can't say any more which repository its snapshots go to.
+    async fn taken_of_gone(&self, wanted: &Wanted) -> Result<Option<Cut>, Status> {
+        if let Some((_, cut)) = self.uploading(wanted).await? {
+            return Ok(Some(cut));
+        }
+        let class = Parameters::read(&wanted.parameters, false)?;
+        let names = match class.get(REPOSITORY) {
+            Some(name) => vec![name],
+            None => self.repositories.names().collect(),
+        };
+        for name in names {
+            let url = self.repositories.url(name)?;
+            if url.is_template() {
+                continue;
+            }
+            match self.uploaded(wanted, &url).await {
+                Ok(None) => {}
+                // Those of others need not open with the secrets of this call.
+                Err(status) if status.code() == Code::InvalidArgument => {}
+                found => return found,
+            }
+        }
+        Ok(None)
+    }
+
+    /// What a node is asked for, and the node.
+    async fn prepare(
+        &self,
+        wanted: &Wanted,
+        pool: SnapshotId,
+    ) -> Result<(Arc<dyn NodeAgent>, TakeSnapshotRequest, Place), Status> {
+        let agent = self.nodes.by_pool(pool).await?;
+        let (request, place) = self.take_request(wanted, &agent, pool).await?;
+        Ok((agent, request, place))
     }
 
     /// What a node is asked for: all volumes are on it.
