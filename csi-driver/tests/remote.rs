@@ -66,11 +66,7 @@ impl NodeAgent for Fake {
         Ok(volume)
     }
 
-    async fn delete_volume(
-        &self,
-        name: &str,
-        _: &HashMap<String, String>,
-    ) -> Result<(), Status> {
+    async fn delete_volume(&self, name: &str, _: &HashMap<String, String>) -> Result<(), Status> {
         tokio::time::sleep(self.slow).await;
         self.volumes.lock().unwrap().remove(name);
         Ok(())

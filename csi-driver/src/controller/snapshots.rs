@@ -186,11 +186,7 @@ impl Controller {
     }
 
     /// The snapshot that an earlier call of this name took into a repository.
-    async fn uploaded(
-        &self,
-        wanted: &Wanted,
-        url: &RepositoryUrl,
-    ) -> Result<Option<Cut>, Status> {
+    async fn uploaded(&self, wanted: &Wanted, url: &RepositoryUrl) -> Result<Option<Cut>, Status> {
         let opened = self.repositories.open(url, &wanted.secrets).await?;
         let records = opened.records().await?;
         let is_wanted =
@@ -418,7 +414,16 @@ impl Controller {
                 if url.is_template() {
                     continue;
                 }
-                let opened: Arc<Opened> = self.repositories.open(&url, &request.secrets).await?;
+                let opened: Arc<Opened> = match self.repositories.open(&url, &request.secrets).await
+                {
+                    // It belongs to others. One that is away is missing, and so is what is in it.
+                    Err(status) if status.code() == Code::InvalidArgument => {
+                        let error = status.message();
+                        tracing::warn!(repository = name, error, "its snapshots are not listed");
+                        continue;
+                    }
+                    opened => opened?,
+                };
                 let records = opened.records().await?;
                 let ours = records.iter().filter(|r| r.metadata.contains_key(CSI_NAME));
                 cuts.extend(ours.map(|record| Cut::of_record(record, name)));
