@@ -1,4 +1,5 @@
-//! One operation at a time on one thing: the second one is told to come again, as the CSI specification has it.
+//! One operation at a time on one thing: the second one is told to come again, as the CSI specification has it. All calls
+//! that change a volume or snapshot have the same key for it: its id.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};

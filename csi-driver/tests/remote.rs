@@ -1,4 +1,4 @@
-//! Agents on other nodes: who is let in, who is found, and what happens when a node is away.
+//! Agents on other nodes: who is let in, who is found, what happens when a node is away, and when two calls want the same.
 
 #![expect(clippy::unwrap_used, reason = "in tests a panic is the right way to fail")]
 
@@ -20,12 +20,18 @@ use petra_csi::agent::{
     AnnotateVolumeRequest, CreateVolumeRequest, ExpandVolumeRequest, NodeAgent, NodeInfo,
     TakeSnapshotRequest, Upload, Volume,
 };
+use petra_csi::controller::{Controller, Services};
+use petra_csi::proto::csi;
+use petra_csi::proto::csi::controller_server::Controller as _;
+use petra_csi::proto::csi::volume_capability::access_mode::Mode;
+use petra_csi::proto::csi::volume_capability::{AccessMode, AccessType, MountVolume};
+use petra_csi::repositories::Repositories;
 use petra_csi::telemetry::{Metrics, Observe, Readings, Source};
-use petra_engine::SnapshotId;
+use petra_engine::{Context, SnapshotId};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 
 /// A node of which nothing is real but its name.
 #[derive(Debug)]
@@ -138,6 +144,65 @@ impl Running {
         self.serving.await.unwrap();
         self.address
     }
+}
+
+#[tokio::test]
+async fn a_second_call_on_a_volume_is_told_to_come_again() {
+    let mut node = Fake::new("a", 1);
+    node.slow = Duration::from_secs(60);
+    let nodes = Arc::new(Nodes::local(Arc::new(node)));
+    let context = Context::default();
+    let controller = Controller::new(nodes, Repositories::default(), Metrics::new(), context);
+    let services = Services(Arc::new(controller));
+    let access_mode = Some(AccessMode { mode: Mode::SingleNodeWriter.into() });
+    let access_type = Some(AccessType::Mount(MountVolume::default()));
+    let capability = csi::VolumeCapability { access_mode, access_type };
+    let create = csi::CreateVolumeRequest {
+        name: "v".to_owned(),
+        volume_capabilities: vec![capability.clone()],
+        ..Default::default()
+    };
+    let made = services.create_volume(Request::new(create.clone())).await.unwrap().into_inner();
+    let volume_id = made.volume.unwrap().volume_id;
+    let delete = Request::new(csi::DeleteVolumeRequest {
+        volume_id: volume_id.clone(),
+        ..Default::default()
+    });
+    let deleting = tokio::spawn({
+        let services = services.clone();
+        async move { services.delete_volume(delete).await }
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let expand = csi::ControllerExpandVolumeRequest {
+        volume_id: volume_id.clone(),
+        capacity_range: Some(csi::CapacityRange { required_bytes: 1 << 31, limit_bytes: 0 }),
+        ..Default::default()
+    };
+    let modify =
+        csi::ControllerModifyVolumeRequest { volume_id: volume_id.clone(), ..Default::default() };
+    let publish = csi::ControllerPublishVolumeRequest {
+        volume_id: volume_id.clone(),
+        node_id: "a".to_owned(),
+        volume_capability: Some(capability),
+        ..Default::default()
+    };
+    let unpublish = csi::ControllerUnpublishVolumeRequest {
+        volume_id: volume_id.clone(),
+        node_id: "a".to_owned(),
+        ..Default::default()
+    };
+    let delete = csi::DeleteVolumeRequest { volume_id, ..Default::default() };
+    for refused in [
+        services.create_volume(Request::new(create)).await.map(drop),
+        services.delete_volume(Request::new(delete)).await.map(drop),
+        services.controller_expand_volume(Request::new(expand)).await.map(drop),
+        services.controller_modify_volume(Request::new(modify)).await.map(drop),
+        services.controller_publish_volume(Request::new(publish)).await.map(drop),
+        services.controller_unpublish_volume(Request::new(unpublish)).await.map(drop),
+    ] {
+        assert_eq!(refused.unwrap_err().code(), Code::Aborted);
+    }
+    deleting.abort();
 }
 
 #[tokio::test]

@@ -39,8 +39,9 @@ impl Controller {
                 request.node_id
             )));
         }
+        let _changing = self.changing(&request.volume_id)?;
         // One after the other, so that no two get the last place.
-        let _operation = self.locks.begin([format!("node {}", request.node_id)])?;
+        let _counting = self.locks.begin([format!("node {}", request.node_id)])?;
         let how = match request.readonly || usage.is_read_only() {
             true => "read-only",
             false => "read-write",
@@ -77,6 +78,7 @@ impl Controller {
         let Ok(VolumeHandle::Local { pool, name }) = request.volume_id.parse() else {
             return Ok(());
         };
+        let _changing = self.changing(&request.volume_id)?;
         let Node { agent, info } = match self.node(pool).await {
             Err(status) if status.code() == tonic::Code::NotFound => return Ok(()),
             node => node?,
@@ -101,7 +103,7 @@ impl Controller {
         check("volume id", &request.volume_id)?;
         let set = mutable(&request.mutable_parameters)?;
         let (pool, name) = local(&request.volume_id)?;
-        let _operation = self.locks.begin([request.volume_id.clone()])?;
+        let _changing = self.changing(&request.volume_id)?;
         let agent = self.nodes.by_pool(pool).await?;
         let before = agent.volume(name.as_str()).await?.metadata;
         let gone = |key: &String| is_attribute(key) && !set.contains_key(key);

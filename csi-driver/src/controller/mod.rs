@@ -22,7 +22,7 @@ use petra_engine::{Context, SnapshotId};
 use tonic::Status;
 
 use crate::agent::nodes::{Node, Nodes};
-use crate::locks::Locks;
+use crate::locks::{Locks, Operation};
 use crate::repositories::Repositories;
 use crate::telemetry::Metrics;
 
@@ -54,6 +54,22 @@ impl Controller {
         let agent = self.nodes.by_pool(pool).await?;
         let info = agent.info().await?;
         Ok(Node { agent, info })
+    }
+
+    /// Begins a call that changes a volume, by its id: `ABORTED` while another one does. A call that has a name only, and
+    /// may have no id yet, begins with [`named`](Self::named).
+    fn changing(&self, volume_id: &str) -> Result<Operation, Status> {
+        self.locks.begin([format!("volume {volume_id}")])
+    }
+
+    /// The same for a snapshot, or a group of them.
+    fn changing_snapshot(&self, id: SnapshotId) -> Result<Operation, Status> {
+        self.locks.begin([format!("snapshot {id}")])
+    }
+
+    /// Begins a call that makes or finds the volume or snapshot of this name.
+    fn named(&self, what: &str, name: &str) -> Result<Operation, Status> {
+        self.locks.begin([format!("{what} named {name}")])
     }
 
     /// All nodes: `UNAVAILABLE` while one is away, whose part would be missing.

@@ -80,6 +80,7 @@ impl Controller {
         let volume_id = handle.to_string();
         // Before there is a pin that nobody could end.
         check("volume id (give the repository a name)", &volume_id)?;
+        let _changing = self.changing(&volume_id)?;
         if pin.is_none() {
             let taken = ClonePin::take_as(repository, id, found.record.id, &self.ctx).await;
             taken.map_err(failure::of_engine)?;

@@ -13,6 +13,7 @@ use crate::agent::nodes::Node;
 use crate::agent::{CSI_NAME, NodeAgent, Repository, SnapshotMember, TakeSnapshotRequest, Upload};
 use crate::failure;
 use crate::handle::SnapshotHandle;
+use crate::locks::Operation;
 use crate::proto::csi;
 use crate::repositories::{Found, Opened, Secrets};
 use crate::template::{Parameters, Place, REPOSITORY};
@@ -139,7 +140,7 @@ where
 impl Controller {
     /// Takes a snapshot, or finds the one that an earlier call of this name took.
     pub(super) async fn take(&self, wanted: Wanted) -> Result<Cut, Status> {
-        let _operation = self.locks.begin([format!("snapshot {}", wanted.name)])?;
+        let _named = self.named("snapshot", &wanted.name)?;
         let (pool, _) = local(wanted.volumes.first().map_or("", String::as_str))?;
         let (agent, request, place) = match self.prepare(&wanted, pool).await {
             // A volume that is gone may have left the snapshot that an earlier call began.
@@ -153,6 +154,7 @@ impl Controller {
         let short = self.repositories.short(&repository).to_owned();
         // First what is uploading, then what is uploaded: an upload is forgotten only when it is there.
         if let Some((uploading, cut)) = self.uploading(&wanted).await? {
+            let _changing = self.changing_snapshot(cut.id)?;
             // Goes on with it if nobody does.
             uploading.take_snapshot(request).await?;
             return Ok(cut);
@@ -332,10 +334,16 @@ impl Controller {
         Ok(csi::Snapshot { snapshot_id: id.to_owned(), ..member })
     }
 
+    /// Begins a call that changes the snapshot of an id, if that names one for ever: no other can be changed.
+    fn changing_handle(&self, id: &str) -> Result<Option<Operation>, Status> {
+        let known = id.parse::<SnapshotHandle>().ok().and_then(|handle| handle.id());
+        known.map(|id| self.changing_snapshot(id)).transpose()
+    }
+
     /// Deletes a snapshot of one volume.
     pub(super) async fn delete_snapshot(&self, id: &str, secrets: &Secrets) -> Result<(), Status> {
         check("snapshot id", id)?;
-        let _operation = self.locks.begin([format!("snapshot {}", key(id))])?;
+        let _changing = self.changing_handle(id)?;
         let (cut, volume) = match self.cut(id, secrets).await {
             Ok(found) => found,
             Err(status) => return gone(status),
@@ -360,7 +368,7 @@ impl Controller {
         secrets: &Secrets,
     ) -> Result<(), Status> {
         check("group snapshot id", id)?;
-        let _operation = self.locks.begin([format!("snapshot {}", key(id))])?;
+        let _changing = self.changing_handle(id)?;
         match self.cut_of_group(id, members, secrets).await {
             Ok(cut) => self.delete_cut(id, &cut, secrets).await,
             Err(status) => gone(status),
@@ -525,12 +533,6 @@ fn gone(status: Status) -> Result<(), Status> {
         Code::NotFound => Ok(()),
         _ => Err(status),
     }
-}
-
-/// By what calls on one snapshot are told from calls on others.
-fn key(id: &str) -> String {
-    let known = id.parse::<SnapshotHandle>().ok().and_then(|handle| handle.id());
-    known.map_or_else(|| id.to_owned(), |id| id.to_string())
 }
 
 fn unknown(id: &str) -> Status {

@@ -100,12 +100,17 @@ impl Controller {
         let sizes = Sizes::of(request.capacity_range.as_ref())?;
         let parameters = Parameters::read(&request.parameters, true)?;
         let mutable = mutable(&request.mutable_parameters)?;
-        let _operation = self.locks.begin([format!("volume {}", request.name)])?;
+        let _named = self.named("volume", &request.name)?;
         let (origin, source) = self.origin(&request, &parameters).await?;
         if usages.iter().any(|usage| usage.mode == Mode::MultiNodeReaderOnly) {
             return self.create_read_only(&request, &usages, sizes, origin, &source).await;
         }
         let candidates = self.candidates(&request, &origin).await;
+        let mut changing = vec![];
+        for Node { info, .. } in &candidates {
+            let id = format!("{}/{}", info.pool, volume_name(&request.name));
+            changing.push(self.changing(&id)?);
+        }
         for Node { info, agent } in &candidates {
             match agent.volume(volume_name(&request.name).as_str()).await {
                 Ok(volume) => {
@@ -265,7 +270,7 @@ impl Controller {
         check("volume id", &request.volume_id)?;
         // An id that was never given out has no volume.
         let Ok(handle) = request.volume_id.parse::<VolumeHandle>() else { return Ok(()) };
-        let _operation = self.locks.begin([request.volume_id.clone()])?;
+        let _changing = self.changing(&request.volume_id)?;
         match handle {
             VolumeHandle::Local { pool, name } => match self.nodes.by_pool(pool).await {
                 Ok(agent) => agent.delete_volume(name.as_str(), &request.secrets).await,
@@ -291,7 +296,7 @@ impl Controller {
         }
         let sizes = Sizes::of(request.capacity_range.as_ref())?;
         let (pool, name) = local(&request.volume_id)?;
-        let _operation = self.locks.begin([request.volume_id.clone()])?;
+        let _changing = self.changing(&request.volume_id)?;
         let agent = self.nodes.by_pool(pool).await?;
         let now = agent.volume(name.as_str()).await?.size_bytes;
         if sizes.limit_bytes.is_some_and(|limit| limit < now) {
