@@ -36,6 +36,11 @@ fn has_files(directory: &Path, seed: u64, count: u64) -> bool {
     })
 }
 
+/// True where a log tells people of something.
+fn is_told(log: &str, reason: &str, object: &str) -> bool {
+    log.lines().any(|line| [" event: ", reason, object].iter().all(|part| line.contains(part)))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_claim_is_written_snapshotted_and_cloned() {
     let Some(mut machine) = Machine::new() else { return };
@@ -362,6 +367,7 @@ async fn a_volume_is_rebuilt_from_changed_blocks() {
 async fn a_driver_that_is_killed_leaves_lazy_clones_alone() {
     let Some(mut machine) = Machine::new() else { return };
     machine.pool("pool", "btrfs");
+    machine.environment.push(("PETRA_LOG".to_owned(), "info".to_owned()));
     let client = machine.start_all().await;
     let volume = client.create(wanted("origin", 512 * MIB, &writer())).await.unwrap();
     let at = client.publish(&machine, &volume.volume_id, &writer(), "o").await.unwrap();
@@ -384,6 +390,12 @@ async fn a_driver_that_is_killed_leaves_lazy_clones_alone() {
     client.publish(&machine, &clone.volume_id, &writer(), "c").await.unwrap();
     assert!(reading.join().unwrap());
     assert!(has_files(&at, 2, 5));
+    // People are told: by the driver, and by who brings the clone its data.
+    let pool = volume.volume_id.split('/').next().unwrap();
+    let agent = || fs::read_to_string(format!("/run/petra/{pool}/agent.log")).unwrap_or_default();
+    wait_until("the clone is full", || is_told(&agent(), "CloneFilled", &clone.volume_id)).await;
+    let id = snapshot.snapshot_id.split(['@', '/']).nth(1).unwrap();
+    assert!(is_told(&machine.log("all.sock"), "SnapshotUploaded", id));
     client.unpublish(&machine, &clone.volume_id, "c").await.unwrap();
     client.delete(&clone.volume_id).await.unwrap();
     machine.assert_nothing_left().await;

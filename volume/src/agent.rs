@@ -44,6 +44,10 @@ const RETRY: Duration = Duration::from_secs(1);
 /// What is read in this time after a volume was first attached is what its mount needs.
 const MOUNT_TIME: Duration = Duration::from_secs(3);
 
+/// The target of lines that people should know of. Each has a `reason`, a word that never changes, and an `object`: a volume
+/// by its pool's id and its name, or a repository by its URL.
+const EVENT: &str = "event";
+
 /// Opens repositories by the URLs that volumes remember.
 #[async_trait]
 pub trait Repositories: Send + Sync + fmt::Debug {
@@ -157,7 +161,7 @@ impl Agent {
             start_list: lazy.start.as_ref().map(|list| list.ranges().to_vec()).unwrap_or_default(),
             hydrate: !lazy.hydrated,
             record_for: lazy.start.is_none().then_some(MOUNT_TIME),
-            events: Arc::new(Events(sender)),
+            events: Arc::new(Events { object: object_of(&volume), happened: sender }),
         };
         let follow = self.follow(volume.clone(), lazy, repo, events);
         let served = serve(connection, options, &inner.ctx.cancel);
@@ -166,7 +170,9 @@ impl Agent {
         match end? {
             End::Unmounted | End::Disconnected => Ok(()),
             End::Died(inherited) => {
-                tracing::warn!(volume = %volume.name(), "its image server died; a successor goes on");
+                let (reason, object) = ("ImageServerDied", object_of(&volume));
+                let note = "an image server died; a successor goes on";
+                tracing::warn!(target: EVENT, reason, object, "{note}");
                 let serving = inner.serving.clone();
                 blocking(move || {
                     let locked = volume.lock()?;
@@ -211,7 +217,8 @@ impl Agent {
                 Ok(repo) => return Ok(repo),
                 Err(error) if error.kind() == petra_engine::ErrorKind::Retry => {
                     if !std::mem::replace(&mut told, true) {
-                        tracing::warn!(url, %error, "the repository is away");
+                        let reason = "RepositoryAway";
+                        tracing::warn!(target: EVENT, reason, object = url, %error, "it is tried again");
                     }
                 }
                 Err(error) => return Err(error.into()),
@@ -264,7 +271,6 @@ impl Agent {
 
     /// Ends the pin. The device goes on with its image server until it is attached the next time.
     async fn hydrated(&self, volume: &Volume, repo: &Repository) -> Result<()> {
-        tracing::info!(volume = %volume.name(), "all its data is here");
         let volume = volume.clone();
         let noted = blocking(move || {
             let mut locked = volume.lock()?;
@@ -346,6 +352,11 @@ fn listen(path: PathBuf) -> Result<UnixListener> {
     UnixListener::bind(&path).map_err(Error::io("listen on", path))
 }
 
+/// How events call a volume: by its id in a cluster.
+fn object_of(volume: &Volume) -> String {
+    format!("{}/{}", volume.pool().state().id, volume.name())
+}
+
 /// What an event is followed by.
 #[derive(Debug)]
 enum Happened {
@@ -355,31 +366,45 @@ enum Happened {
 
 /// Writes events down, and passes on what has consequences.
 #[derive(Debug)]
-struct Events(mpsc::UnboundedSender<Happened>);
+struct Events {
+    object: String,
+    happened: mpsc::UnboundedSender<Happened>,
+}
 
 impl AgentEvents for Events {
-    fn event(&self, volume: SnapshotId, event: AgentEvent<'_>) {
+    fn event(&self, _: SnapshotId, event: AgentEvent<'_>) {
+        let object = self.object.as_str();
         let happened = match event {
             AgentEvent::StoreAway { error } => {
-                tracing::warn!(%volume, %error, "the repository is away; what is missing waits");
+                let reason = "RepositoryAway";
+                tracing::warn!(target: EVENT, reason, object, %error, "what is missing waits");
                 return;
             }
             AgentEvent::StoreBack => {
-                tracing::info!(%volume, "the repository is back");
+                let reason = "RepositoryBack";
+                tracing::info!(target: EVENT, reason, object, "the repository is back");
                 return;
             }
             AgentEvent::Damaged { range, error } => {
-                tracing::error!(%volume, ?range, %error, "a part of the volume can't be read");
+                let reason = "CloneDamaged";
+                let note = "a part of a clone can't be read";
+                tracing::error!(target: EVENT, reason, object, ?range, %error, "{note}");
                 return;
             }
             AgentEvent::Incomplete { damaged_bytes } => {
-                tracing::error!(%volume, damaged_bytes, "all is here but what can't be read");
+                let reason = "CloneIncomplete";
+                let note = "all data of a clone is here but what can't be read";
+                tracing::error!(target: EVENT, reason, object, damaged_bytes, "{note}");
                 return;
             }
             AgentEvent::Recorded { ranges } => Happened::Recorded(ranges.to_vec()),
-            AgentEvent::Hydrated => Happened::Hydrated,
+            AgentEvent::Hydrated => {
+                let reason = "CloneFilled";
+                tracing::info!(target: EVENT, reason, object, "all data of a clone is here");
+                Happened::Hydrated
+            }
         };
         // Nobody follows any more: the agent ends.
-        let _ = self.0.send(happened);
+        let _ = self.happened.send(happened);
     }
 }

@@ -18,6 +18,7 @@ use tonic::{Code, Status};
 use super::{LocalAgent, name_of};
 use crate::agent::{CSI_NAME, Repository, TakeSnapshotRequest, Upload, UploadMember};
 use crate::failure::of_volume;
+use crate::telemetry::{Severity, event};
 
 /// How long the one who works on an upload may take to give it up, before the caller has to come again.
 const DISCARD_WAIT: Duration = Duration::from_secs(20);
@@ -143,7 +144,7 @@ impl LocalAgent {
         let agent = self.clone();
         tokio::spawn(async move {
             if let Err(error) = agent.upload(id).await {
-                tracing::warn!(%id, %error, "an upload failed; it is tried again");
+                failed(id, &error.to_string());
             }
             let mut uploading = agent.0.uploading.lock().unwrap_or_else(PoisonError::into_inner);
             uploading.remove(&id);
@@ -165,9 +166,10 @@ impl LocalAgent {
         let Some(process) = process.await? else { return Ok(()) };
         let status = process.wait().await?;
         if status.success() {
-            tracing::info!(%id, "uploaded");
+            let note = "a snapshot is in its repository";
+            event(Severity::Normal, "SnapshotUploaded", &id.to_string(), note);
         } else {
-            tracing::warn!(%id, %status, "an upload did not succeed; uploads.log has the reason");
+            failed(id, &format!("its process ended with {status}, and uploads.log has the reason"));
         }
         Ok(())
     }
@@ -189,6 +191,12 @@ impl LocalAgent {
             }
         }
     }
+}
+
+/// Tells people of an upload that failed.
+fn failed(id: SnapshotId, why: &str) {
+    let note = format!("an upload failed, and is tried again: {why}");
+    event(Severity::Warning, "UploadFailed", &id.to_string(), &note);
 }
 
 /// Where a snapshot goes. The repository is that of the experiment, where each has its own.
