@@ -166,7 +166,11 @@ async fn a_lazy_clone_lives_on_a_node() {
         kill_process(process, Signal::KILL).unwrap();
     }
     assert_eq!(fs::read(file(4)).unwrap(), data(4));
-    assert_eq!(lab.trouble(&id, "one").await, None);
+    // What is read may be in memory: on a busy machine the successor comes later than anybody waits for it.
+    let begun = Instant::now();
+    while let Some(trouble) = lab.trouble(&id, "one").await {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{trouble}");
+    }
 
     // With the agent it is gone for good, which is told and not waited for.
     kill(["agent", root.as_str()], Signal::KILL);
