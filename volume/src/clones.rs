@@ -44,6 +44,9 @@ pub struct CloneRequest {
     pub origin: String,
     /// Delete the volume when it is unmounted.
     pub ephemeral: bool,
+    /// Something else keeps the snapshot's data as long as there is the volume, which then has no pin of its own: the
+    /// snapshot may be a purged one, of which none can be taken any more.
+    pub held: bool,
     /// The new volume's length in bytes, if it is not that of the snapshot's.
     pub size_bytes: Option<u64>,
     /// Whatever is to be remembered with the new volume.
@@ -93,10 +96,13 @@ pub async fn clone(
     })
     .await?;
     let number = request.number();
-    let (pin, start) = futures::join!(
-        ClonePin::take_as(repo, pin, snapshot, ctx),
-        repo.start_list(snapshot, number)
-    );
+    let taking = async {
+        match request.held {
+            true => Ok(ClonePin::taken(repo, pin, snapshot)),
+            false => ClonePin::take_as(repo, pin, snapshot, ctx).await,
+        }
+    };
+    let (pin, start) = futures::join!(taking, repo.start_list(snapshot, number));
     let pin = pin?;
     let mut create = create_request(request, Content::Empty)?;
     create.lazy = Some(LazyState {

@@ -143,6 +143,7 @@ async fn make(
         snapshot,
         volume,
         ephemeral,
+        held: false,
         size_bytes: None,
         metadata: BTreeMap::new(),
     };

@@ -128,6 +128,7 @@ async fn clones_of_a_snapshot_may_be_larger() {
         repository: "memory".to_owned(),
         origin: "memory#e/r/s".to_owned(),
         ephemeral: false,
+        held: false,
         size_bytes,
         metadata: BTreeMap::from([("key".to_owned(), "value".to_owned())]),
     };

@@ -137,6 +137,7 @@ impl LocalAgent {
             repository: url.to_string(),
             origin: source.origin.clone(),
             ephemeral: false,
+            held: false,
             metadata: wanted.metadata.clone(),
             snapshot,
             volume,
@@ -187,6 +188,7 @@ impl LocalAgent {
             repository: url.to_string(),
             origin: origin.clone(),
             ephemeral: true,
+            held: true,
             size_bytes: None,
             metadata: BTreeMap::new(),
         };
