@@ -20,6 +20,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::*;
+use petra_csi::proto::csi::volume_capability::access_mode::Mode;
+use petra_csi::proto::csi::*;
 use petra_tests::require;
 use petra_tests::volume::noise;
 use tonic::{Code, Status};
@@ -95,20 +97,39 @@ impl Stubborn {
         }
     }
 
+    async fn create(&mut self, request: CreateVolumeRequest) -> String {
+        let made = self.call("create", |client| {
+            let request = request.clone();
+            async move { client.create(request).await }
+        });
+        made.await.volume_id
+    }
+
+    async fn delete(&mut self, id: &str) {
+        self.call("delete", |client| {
+            let id = id.to_owned();
+            async move { client.delete(&id).await }
+        })
+        .await;
+    }
+
     async fn publish(&mut self, id: &str, name: &str) -> PathBuf {
+        self.publish_as(id, name, &writer()).await
+    }
+
+    async fn publish_as(&mut self, id: &str, name: &str, how: &VolumeCapability) -> PathBuf {
         let target = self.machine.path(&format!("target-{name}"));
         let staging = self.machine.path(&format!("staging-{name}"));
         fs::create_dir_all(&staging).unwrap();
         let (staging, target_text) = (text(&staging), text(&target));
         self.call("publish", |client| {
-            let (volume_id, staging, target) =
-                (id.to_owned(), staging.clone(), target_text.clone());
+            let (volume_id, how) = (id.to_owned(), Some(how.clone()));
+            let (staging, target) = (staging.clone(), target_text.clone());
             async move {
-                use petra_csi::proto::csi::{NodePublishVolumeRequest, NodeStageVolumeRequest};
                 let stage = NodeStageVolumeRequest {
                     volume_id: volume_id.clone(),
                     staging_target_path: staging.clone(),
-                    volume_capability: Some(writer()),
+                    volume_capability: how.clone(),
                     ..Default::default()
                 };
                 client.node.clone().node_stage_volume(stage).await?;
@@ -116,7 +137,7 @@ impl Stubborn {
                     volume_id,
                     staging_target_path: staging,
                     target_path: target,
-                    volume_capability: Some(writer()),
+                    volume_capability: how,
                     ..Default::default()
                 };
                 client.node.clone().node_publish_volume(publish).await
@@ -132,7 +153,6 @@ impl Stubborn {
         self.call("unpublish", |client| {
             let (volume_id, staging, target) = (id.to_owned(), staging.clone(), target.clone());
             async move {
-                use petra_csi::proto::csi::{NodeUnpublishVolumeRequest, NodeUnstageVolumeRequest};
                 let volume_id_too = volume_id.clone();
                 let request = NodeUnpublishVolumeRequest { volume_id, target_path: target };
                 client.node.clone().node_unpublish_volume(request).await?;
@@ -146,15 +166,24 @@ impl Stubborn {
         .await;
     }
 
+    /// Publishes a volume, and sees that it has these bytes. What is behind a clone may be killed as well: then its reader
+    /// fails, and another one comes.
+    async fn has(&mut self, id: &str, name: &str, how: &VolumeCapability, bytes: &[u8]) {
+        let begun = Instant::now();
+        loop {
+            let at = self.publish_as(id, name, how).await;
+            match fs::read(at.join("file")) {
+                Ok(found) => return assert!(found == bytes, "{name} has other bytes"),
+                Err(error) => assert!(begun.elapsed() < PATIENCE, "{name} is never read: {error}"),
+            }
+            self.unpublish(id, name).await;
+        }
+    }
+
     /// The life of a volume: made, written, snapshotted, cloned, deleted.
     async fn life(&mut self, round: u64) {
         let name = format!("v{round}");
-        let request = wanted(&name, 64 * MIB, &writer());
-        let volume = self.call("create", |client| {
-            let request = request.clone();
-            async move { client.create(request).await }
-        });
-        let volume = volume.await.volume_id;
+        let volume = self.create(wanted(&name, 64 * MIB, &writer())).await;
         let at = self.publish(&volume, &name).await;
         let bytes = noise(round, 1_000_000);
         fs::write(at.join("file"), &bytes).unwrap();
@@ -172,25 +201,76 @@ impl Stubborn {
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
         let clone_name = format!("c{round}");
-        let request = from_snapshot(wanted(&clone_name, 0, &writer()), &snapshot);
-        let clone = self.call("clone", |client| {
-            let request = request.clone();
-            async move { client.create(request).await }
-        });
-        let clone = clone.await.volume_id;
-        let at = self.publish(&clone, &clone_name).await;
-        assert!(fs::read(at.join("file")).unwrap() == bytes, "the clone has other bytes");
+        let clone = self.create(from_snapshot(wanted(&clone_name, 0, &writer()), &snapshot)).await;
+        self.has(&clone, &clone_name, &writer(), &bytes).await;
         for (id, name) in [(&clone, &clone_name), (&volume, &name)] {
             self.unpublish(id, name).await;
-            self.call("delete", |client| {
-                let id = id.clone();
-                async move { client.delete(&id).await }
-            })
-            .await;
+            self.delete(id).await;
         }
         self.call("delete snapshot", |client| {
             let id = snapshot.clone();
             async move { client.delete_snapshot(&id).await }
+        })
+        .await;
+    }
+
+    /// The life of a group: two volumes, one of which grows, a snapshot of both; and when they are gone, a lazy clone of
+    /// the one, and readers of the other.
+    async fn life_of_group(&mut self, round: u64) {
+        let bytes = [noise(round, 1_000_000), noise(round + 1000, 1_000_000)];
+        let names = ["a", "b"].map(|name| format!("{name}{round}"));
+        let mut volumes = vec![];
+        for (name, bytes) in names.iter().zip(&bytes) {
+            let volume = self.create(wanted(name, 64 * MIB, &writer())).await;
+            let at = self.publish(&volume, name).await;
+            fs::write(at.join("file"), bytes).unwrap();
+            volumes.push(volume);
+        }
+        let grown = self.call("expand", |client| {
+            let expand = ControllerExpandVolumeRequest {
+                volume_id: volumes[0].clone(),
+                capacity_range: Some(CapacityRange { required_bytes: 96 * MIB, limit_bytes: 0 }),
+                ..Default::default()
+            };
+            async move { client.controller.clone().controller_expand_volume(expand).await }
+        });
+        assert_eq!(grown.await.into_inner().capacity_bytes, 96 * MIB);
+        let begun = Instant::now();
+        let group = loop {
+            let taken = self.call("group snapshot", |client| {
+                let take = CreateVolumeGroupSnapshotRequest {
+                    name: format!("g{round}"),
+                    source_volume_ids: volumes.clone(),
+                    ..Default::default()
+                };
+                async move { client.groups.clone().create_volume_group_snapshot(take).await }
+            });
+            let group = taken.await.into_inner().group_snapshot.unwrap();
+            if group.ready_to_use {
+                break group;
+            }
+            assert!(begun.elapsed() < PATIENCE, "the group is never uploaded");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        for (volume, name) in volumes.iter().zip(&names) {
+            self.unpublish(volume, name).await;
+            self.delete(volume).await;
+        }
+        let readers = mounted("", Mode::MultiNodeReaderOnly);
+        for ((volume, bytes), how) in volumes.iter().zip(&bytes).zip([writer(), readers]) {
+            let name = format!("of-{}", volume.rsplit('/').next().unwrap());
+            let member = group.snapshots.iter().find(|member| member.source_volume_id == *volume);
+            let id = &member.unwrap().snapshot_id;
+            let clone = self.create(from_snapshot(wanted(&name, 0, &how), id)).await;
+            self.has(&clone, &name, &how, bytes).await;
+            self.unpublish(&clone, &name).await;
+            self.delete(&clone).await;
+        }
+        self.call("delete group", |client| {
+            let group_snapshot_id = group.group_snapshot_id.clone();
+            let delete =
+                DeleteVolumeGroupSnapshotRequest { group_snapshot_id, ..Default::default() };
+            async move { client.groups.clone().delete_volume_group_snapshot(delete).await }
         })
         .await;
     }
@@ -219,17 +299,20 @@ fn kill_at(process: u32, step: u64) -> Child {
     child
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_driver_may_be_killed_at_every_step() {
+/// Lives as many lives as there are rounds, each with a kill so many steps later than the one before.
+async fn killed_at_steps(rounds: u64, stride: u64, of_groups: bool) {
     if require::tool("strace").is_none() {
         return;
     }
     let Some(mut stubborn) = Stubborn::new("xfs").await else { return };
-    let rounds = rounds(24);
     for round in 0..rounds {
         // Each thread counts for itself.
-        let mut strace = kill_at(stubborn.driver(), 1 + round);
-        stubborn.life(round).await;
+        let mut strace = kill_at(stubborn.driver(), 1 + round * stride);
+        if of_groups {
+            stubborn.life_of_group(round).await;
+        } else {
+            stubborn.life(round).await;
+        }
         strace.kill().unwrap();
         strace.wait().unwrap();
         stubborn.machine.assert_nothing_left().await;
@@ -238,6 +321,16 @@ async fn a_driver_may_be_killed_at_every_step() {
     }
     assert!(stubborn.restarts > 0, "nothing was killed");
     println!("{} drivers killed in {rounds} rounds", stubborn.restarts);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_driver_may_be_killed_at_every_step() {
+    killed_at_steps(rounds(24), 1, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_driver_may_be_killed_at_steps_of_a_group() {
+    killed_at_steps(rounds(10), 3, true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -285,9 +378,7 @@ async fn drivers_agents_and_uploads_may_be_killed_at_any_time() {
     });
     // A last call makes sure that a driver is there to clear up.
     stubborn
-        .call("probe", |client| async move {
-            client.identity.clone().probe(petra_csi::proto::csi::ProbeRequest {}).await
-        })
+        .call("probe", |client| async move { client.identity.clone().probe(ProbeRequest {}).await })
         .await;
     stubborn.machine.assert_nothing_left().await;
     wait_until("no pin is left", || stubborn.machine.pins() == 0).await;
