@@ -9,6 +9,8 @@
 //! size is a handful of requests away. Whatever a fetched frame holds of the same segment is handed over too: it was
 //! paid for, and what lies together is used together.
 
+mod stretch;
+
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,10 +20,10 @@ use futures::future::{BoxFuture, FutureExt, Shared, WeakShared};
 use futures::{StreamExt, stream};
 use tokio::sync::OnceCell;
 
-use crate::chunks::{ChunkReader, FramePlan, Outcome, Placement, ranges, requests};
+use crate::chunks::{ChunkReader, FramePlan, Outcome, Placement, ranges};
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::fetch::Request;
+use crate::fetch::{Request, Span, coalesce};
 use crate::format::block::BlockRef;
 use crate::format::frame::FrameLocation;
 use crate::format::leaf::{ChunkRef, Extent, Leaf};
@@ -32,6 +34,8 @@ use crate::repository::Repository;
 use crate::target::Sink;
 use crate::tree;
 use crate::workers::Workers;
+
+pub use self::stretch::{Portion, Stretch};
 
 /// Leaves that are kept: of the smallest chunks some hundred KiB each.
 const LEAVES: usize = 64;
@@ -111,6 +115,9 @@ type Fetching = Shared<BoxFuture<'static, Fetched>>;
 /// The same, without keeping it alive.
 type UnderWay = WeakShared<BoxFuture<'static, Fetched>>;
 
+/// What is wanted of a frame, and the segment that it is for.
+type SegmentPlan = (u64, FramePlan);
+
 /// The chunks of some frames.
 #[derive(Debug)]
 struct Batch {
@@ -187,7 +194,8 @@ impl VolumeReader {
         let Some(leaf) = self.leaf(segment, bounds).await.map_err(Arc::new)? else {
             return Ok(Reading { pieces: vec![Piece::Zeros(wanted)], damaged: vec![] });
         };
-        let fetching = self.fetch(segment, bounds.start, &leaf, &wanted);
+        let plans = plan(&leaf, bounds.start, std::slice::from_ref(&wanted));
+        let fetching = self.fetch(plans.into_iter().map(|plan| (segment, plan)).collect());
         // Collected, since with a closure in it the future would not be Send for every lifetime.
         let fetched: Vec<_> = fetching
             .into_iter()
@@ -244,24 +252,30 @@ impl VolumeReader {
         cell.get_or_try_init(read).await.cloned().map(Some)
     }
 
-    /// Batches that bring all frames of the chunks that overlap a range: those that are under way, and new ones.
-    fn fetch(&self, segment: u64, start: u64, leaf: &Leaf, wanted: &Range<u64>) -> Vec<Fetching> {
+    /// Batches that bring all frames of some plans: those that are under way, and new ones.
+    fn fetch(&self, plans: Vec<SegmentPlan>) -> Vec<Fetching> {
         let mut batches: Vec<Fetching> = Vec::new();
-        let mut plans: Vec<FramePlan> = Vec::new();
+        let mut new: Vec<SegmentPlan> = Vec::new();
         let mut under_way = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-        for plan in plan(leaf, start, wanted) {
+        for (segment, plan) in plans {
             match under_way.get(&(segment, plan.0)).and_then(WeakShared::upgrade) {
                 Some(known) if batches.iter().any(|batch| batch.ptr_eq(&known)) => {}
                 Some(known) => batches.push(known),
-                None => plans.push(plan),
+                None => new.push((segment, plan)),
             }
         }
-        for request in requests(plans) {
-            let frames: Vec<FrameLocation> = request.spans.iter().map(|span| span.tag.0).collect();
-            let batch = self.start(request);
+        for Request { pack, range, spans } in requests(new) {
+            let mut frames = Vec::with_capacity(spans.len());
+            let spans =
+                spans.into_iter().map(|Span { pack, offset, len, tag: (segment, plan) }| {
+                    frames.push((segment, plan.0));
+                    Span { pack, offset, len, tag: plan }
+                });
+            let spans = spans.collect();
+            let batch = self.start(Request { pack, range, spans });
             for frame in frames {
                 if let Some(batch) = batch.downgrade() {
-                    under_way.insert((segment, frame), batch);
+                    under_way.insert(frame, batch);
                 }
             }
             batches.push(batch);
@@ -312,12 +326,21 @@ impl VolumeReader {
     }
 }
 
-/// All frames that hold chunks of a range, each with all its chunks in the segment.
-fn plan(leaf: &Leaf, start: u64, wanted: &Range<u64>) -> Vec<FramePlan> {
+/// Few large requests for the frames of all plans.
+fn requests(plans: Vec<SegmentPlan>) -> Vec<Request<SegmentPlan>> {
+    let span = |plan: SegmentPlan| {
+        let FrameLocation { pack, offset, stored_len, .. } = plan.1.0;
+        Span { pack, offset, len: stored_len, tag: plan }
+    };
+    coalesce(plans.into_iter().map(span).collect())
+}
+
+/// All frames that hold chunks of ranges, which are in order, each with all its chunks in the segment.
+fn plan(leaf: &Leaf, start: u64, wanted: &[Range<u64>]) -> Vec<FramePlan> {
     let range = |at: u64, chunk: &ChunkRef| start + at..start + at + u64::from(chunk.len);
     let mut plans: HashMap<u32, Vec<Placement>> = HashMap::new();
     for (at, chunk) in leaf.chunks() {
-        if overlap(&range(at, chunk), wanted) {
+        if overlaps(wanted, &range(at, chunk)) {
             plans.entry(chunk.frame).or_default();
         }
     }
@@ -333,6 +356,12 @@ fn plan(leaf: &Leaf, start: u64, wanted: &Range<u64>) -> Vec<FramePlan> {
 
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
+}
+
+/// True when a range overlaps one of several, which are in order.
+fn overlaps(all: &[Range<u64>], range: &Range<u64>) -> bool {
+    let first = all.partition_point(|one| one.end <= range.start);
+    all.get(first).is_some_and(|one| overlap(one, range))
 }
 
 const BLOCK: u64 = BLOCK_BYTES as u64;

@@ -1,10 +1,11 @@
 //! Random access to stored volumes.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use petra_engine::ErrorKind;
-use petra_engine::reader::{Piece, VolumeReader};
+use petra_engine::reader::{Piece, Reading, Stretch, VolumeReader};
 use petra_engine::record::VolumeRecord;
 use petra_engine::store::{MemoryStore, StoreErrorCause};
 use petra_tests::lab::{context, init, init_encrypted, objects, take};
@@ -90,6 +91,73 @@ proptest! {
             }
         });
     }
+}
+
+/// Reads some ranges as a stretch, and gives what came in order.
+async fn read_stretch(reader: &VolumeReader, ranges: &[Range<u64>]) -> Reading {
+    let Stretch { known: mut all, portions } = reader.stretch(ranges).await.unwrap();
+    // Backwards: the order is the caller's.
+    for portion in portions.iter().rev() {
+        let Reading { pieces, damaged } = reader.read_portion(portion).await.unwrap();
+        all.pieces.extend(pieces);
+        all.damaged.extend(damaged);
+    }
+    all.pieces.sort_by_key(|piece| piece.range().start);
+    all
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn a_stretch_is_what_the_snapshot_has(
+        seed: u32,
+        parts in prop::collection::vec((0..140 * MIB, 1..9_000_000_usize, any::<bool>()), 0..6),
+        len in 120 * MIB..140 * MIB,
+        cuts in prop::collection::btree_set(0..140 * MIB / BLOCK, 0..7),
+    ) {
+        let mut volume = Volume::zeros(len);
+        for (n, (at, len, is_noise)) in parts.into_iter().enumerate() {
+            let seed = u64::from(seed) + n as u64;
+            volume.write(at, &if is_noise { noise(seed, len) } else { prose(seed, len) });
+        }
+        let cuts: Vec<u64> = cuts.into_iter().map(|cut| (cut * BLOCK).min(len)).collect();
+        let ranges: Vec<Range<u64>> = cuts.chunks_exact(2).map(|cut| cut[0]..cut[1]).collect();
+        runtime().block_on(async {
+            let stored = store(&volume, false).await;
+            let reader = stored.open();
+            let reading = read_stretch(&reader, &ranges).await;
+            assert!(reading.damaged.is_empty());
+            for range in ranges {
+                let covered = check(&reading.pieces, &volume, &range);
+                assert_eq!(covered, range.end - range.start, "of {range:?}");
+            }
+        });
+    }
+}
+
+#[tokio::test]
+async fn a_stretch_makes_few_requests_and_loses_what_is_damaged() {
+    let volume = Volume::noise(1, 130 << 20);
+    let stored = store(&volume, false).await;
+    let reader = stored.open();
+    let all = 0..volume.len();
+    let reading = read_stretch(&reader, std::slice::from_ref(&all)).await;
+    assert_eq!(check(&reading.pieces, &volume, &all), volume.len());
+    let requests = stored.store.log().len();
+    assert!(requests <= 4 + 130 / 4, "{requests} requests for 130 MiB");
+
+    let packs = objects(stored.repo.store(), "packs/").await;
+    let largest = packs.iter().max_by_key(|pack| pack.len).unwrap();
+    stored.memory.damage(&largest.key, |mut body| {
+        body[3_000_000] ^= 1;
+        Some(body)
+    });
+    let reading = read_stretch(&stored.open(), std::slice::from_ref(&all)).await;
+    let damaged: u64 = reading.damaged.iter().map(|lost| lost.range.end - lost.range.start).sum();
+    assert!((BLOCK..200_000).contains(&damaged), "{damaged} bytes");
+    // Blocks that it shares with others are damaged as well, so that nothing is left unsaid.
+    assert!(check(&reading.pieces, &volume, &all) + damaged >= volume.len());
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use petra_engine::format::SEGMENT_BYTES;
-use petra_engine::reader::{DamagedRange, Piece, Reading, VolumeReader};
+use petra_engine::reader::{DamagedRange, Piece, Portion, Reading, Stretch, VolumeReader};
 use petra_engine::{ErrorKind, SnapshotId};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -44,8 +44,8 @@ use crate::error::{Error, Result};
 
 /// Urgent wants that are read at one time. More wait for their turn.
 const URGENT_READS: usize = 16;
-/// Reads for read-ahead and hydration at one time, and bytes of each. With what comes along and what waits for the
-/// socket, some 100 MiB of memory.
+/// Reads for read-ahead and hydration at one time, and bytes of each. Hydration takes requests of 8 MiB that bring 16 MiB
+/// at most: with what waits for the socket, and what is kept of other reads, some 140 MiB of memory.
 const OTHER_READS: usize = 4;
 pub(super) const PIECE_BYTES: u64 = 8 << 20;
 /// Messages that wait for the socket.
@@ -397,21 +397,54 @@ impl Agent {
         let _ = self.send(rest, &self.other).await;
     }
 
-    /// Reads, however long the store is away.
+    /// Reads a range.
     pub(super) async fn read(&self, range: Range<u64>) -> Result<Reading, Gone> {
+        let range = self.in_source(&range);
+        let mut reading = self.patiently(|| self.reader.read(range.clone())).await?;
+        self.fill_up(&mut reading);
+        Ok(reading)
+    }
+
+    /// Plans the reading of ranges.
+    pub(super) async fn stretch(&self, ranges: &[Range<u64>]) -> Result<Stretch, Gone> {
+        let ranges: Vec<_> = ranges.iter().map(|range| self.in_source(range)).collect();
+        let mut stretch = self.patiently(|| self.reader.stretch(&ranges)).await?;
+        self.fill_up(&mut stretch.known);
+        Ok(stretch)
+    }
+
+    /// Reads what one request of a stretch brings.
+    pub(super) async fn read_portion(&self, portion: &Portion) -> Result<Reading, Gone> {
+        let mut reading = self.patiently(|| self.reader.read_portion(portion)).await?;
+        self.fill_up(&mut reading);
+        Ok(reading)
+    }
+
+    fn in_source(&self, range: &Range<u64>) -> Range<u64> {
+        range.start..range.end.min(self.reader.len_bytes())
+    }
+
+    fn fill_up(&self, reading: &mut Reading) {
+        let source_bytes = self.reader.len_bytes();
+        if source_bytes < self.len_bytes {
+            fill_up(reading, source_bytes, self.len_bytes);
+        }
+    }
+
+    /// Reads, however long the store is away.
+    async fn patiently<T, R>(&self, read: impl Fn() -> R) -> Result<T, Gone>
+    where
+        R: Future<Output = Result<T, Arc<petra_engine::Error>>>,
+    {
         let mut pause = FIRST_PAUSE;
         loop {
-            let source_bytes = self.reader.len_bytes();
-            match self.reader.read(range.start..range.end.min(source_bytes)).await {
-                Ok(mut reading) => {
-                    if source_bytes < self.len_bytes {
-                        fill_up(&mut reading, source_bytes, self.len_bytes);
-                    }
+            match read().await {
+                Ok(found) => {
                     let was_away = std::mem::take(&mut *self.away());
                     if was_away {
                         self.events.event(self.volume, AgentEvent::StoreBack);
                     }
-                    return Ok(reading);
+                    return Ok(found);
                 }
                 Err(error) if error.kind() == ErrorKind::Cancelled => return Err(Gone),
                 // Whatever it is, wrong credentials too: a person can mend it while the volume waits.

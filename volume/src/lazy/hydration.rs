@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
 use petra_engine::format::SEGMENT_BYTES;
+use petra_engine::reader::{Reading, Stretch};
 use tokio::task::{JoinError, JoinSet};
 
 use super::agent::{Agent, AgentEvent, Gone, LAST_PAUSE, PIECE_BYTES, pieces_of};
@@ -13,6 +14,9 @@ use super::wire::{ToAgent, ToServer};
 
 /// Absent runs that lie closer together are fetched as one.
 const GAP_BYTES: u64 = 1 << 20;
+/// Segments that are planned together, where nothing was touched. Writers work on several at one time, so that frames of
+/// neighbours lie between each other.
+const SEGMENTS: u64 = 4;
 /// After so much hydrated data it is made durable, while more comes: at the end there is little left to write.
 const FLUSH_BYTES: u64 = 128 << 20;
 
@@ -67,15 +71,11 @@ impl Hydration {
             let mut left = 0;
             let mut done = vec![false; usize::try_from(segments).unwrap_or_default()];
             let mut next = 0;
-            while let Some(segment) = self.next_segment(&mut done, &mut next) {
-                let start = segment * SEGMENT_BYTES;
-                let range = start..(start + SEGMENT_BYTES).min(len_bytes);
-                for run in join(self.absent(range).await?) {
-                    for piece in pieces_of(&run, PIECE_BYTES) {
-                        left += piece.end - piece.start;
-                        self.start(piece).await?;
-                    }
-                }
+            while let Some(segments) = self.next_segments(&mut done, &mut next) {
+                let end = (segments.end * SEGMENT_BYTES).min(len_bytes);
+                let runs = join(self.absent(segments.start * SEGMENT_BYTES..end).await?);
+                left += runs.iter().map(|run| run.end - run.start).sum::<u64>();
+                self.bring(&runs).await?;
             }
             while let Some(read) = self.reads.join_next().await {
                 self.note(read)?;
@@ -92,22 +92,24 @@ impl Hydration {
         }
     }
 
-    /// A segment near what was touched, or else the next in order.
-    fn next_segment(&self, done: &mut [bool], next: &mut usize) -> Option<u64> {
+    /// A segment near what was touched, or else the next ones in order.
+    fn next_segments(&self, done: &mut [bool], next: &mut usize) -> Option<Range<u64>> {
         let mut touched = self.agent.touched.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(segment) = touched.pop_back() {
             if let Some(done) = done.get_mut(segment as usize).filter(|done| !**done) {
                 *done = true;
-                return Some(segment);
+                return Some(segment..segment + 1);
             }
         }
         drop(touched);
-        let left = done.get(*next..)?.iter().position(|done| !done)?;
-        *next += left + 1;
-        if let Some(done) = done.get_mut(*next - 1) {
+        *next += done.get(*next..)?.iter().position(|done| !done)?;
+        let start = *next as u64;
+        let left = done.get_mut(*next..)?.iter_mut().take(SEGMENTS as usize);
+        for done in left.take_while(|done| !**done) {
             *done = true;
+            *next += 1;
         }
-        Some(*next as u64 - 1)
+        Some(start..*next as u64)
     }
 
     /// The parts of a range that the server lacks, without those that can't be read.
@@ -133,17 +135,43 @@ impl Hydration {
         Ok(all)
     }
 
-    /// Begins to bring a range, when it may.
+    /// Begins to bring a range, with all that comes along.
     async fn start(&mut self, range: Range<u64>) -> Result<(), Gone> {
+        let agent = self.agent.clone();
+        let len_bytes = range.end - range.start;
+        self.start_read(len_bytes, async move { agent.read(range).await }).await
+    }
+
+    /// Begins to bring some ranges, and nothing else: the rest has its turn too.
+    async fn bring(&mut self, ranges: &[Range<u64>]) -> Result<(), Gone> {
+        if ranges.is_empty() {
+            return Ok(());
+        }
+        let Stretch { known, portions } = self.agent.stretch(ranges).await?;
+        self.start_read(0, async move { Ok(known) }).await?;
+        for portion in portions {
+            let (agent, len_bytes) = (self.agent.clone(), portion.len_bytes());
+            let read = async move { agent.read_portion(&portion).await };
+            self.start_read(len_bytes, read).await?;
+        }
+        Ok(())
+    }
+
+    /// Begins a read, when it may.
+    async fn start_read(
+        &mut self,
+        len_bytes: u64,
+        read: impl Future<Output = Result<Reading, Gone>> + Send + 'static,
+    ) -> Result<(), Gone> {
         if self.unflushed_bytes >= FLUSH_BYTES {
             self.begin_flush().await?;
         }
-        self.unflushed_bytes += range.end - range.start;
+        self.unflushed_bytes += len_bytes;
         self.agent.make_way().await;
         let permit = self.agent.other_reads.clone().acquire_owned().await.map_err(|_| Gone)?;
         let agent = self.agent.clone();
         self.reads.spawn(async move {
-            let found = agent.read(range).await?;
+            let found = read.await?;
             agent.send(found.pieces, &agent.other).await?;
             agent.send_damage(&found.damaged, &agent.other).await?;
             drop(permit);
