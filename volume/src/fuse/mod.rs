@@ -19,5 +19,5 @@ pub(crate) fn parse(request: &[u8]) {
     let _ = abi::parse(request);
 }
 
-pub(crate) use session::resident;
 pub use session::{File, IMAGE_NAME, Negotiated, Reply, Session, Zeroing};
+pub(crate) use session::{become_io_flusher, resident};

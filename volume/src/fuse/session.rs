@@ -155,9 +155,7 @@ impl Session {
 
     /// Serves requests in this thread until the file system is unmounted. Several threads may do so.
     pub fn serve(&self, file: &dyn File) -> Result<()> {
-        // What this thread allocates must not wait for writes that may come back to it. Refused to a process without
-        // CAP_SYS_RESOURCE, which can do without while memory is not short.
-        let _ = rustix::process::configure_io_flusher_behavior(true);
+        become_io_flusher();
         // The data of a write begins with a page, so that it can go on to the disk as it is.
         let first = PAGE - abi::WRITE_HEADER;
         let len = PAGE + self.negotiated.max_write as usize;
@@ -270,6 +268,12 @@ impl Session {
             _ => reply.error(Errno::NOSYS),
         }
     }
+}
+
+/// Says that what this thread allocates must not wait for writes that may come back to it: for all threads on whose work
+/// a request waits. Refused to a process without CAP_SYS_RESOURCE, which can do without while memory is not short.
+pub(crate) fn become_io_flusher() {
+    let _ = rustix::process::configure_io_flusher_behavior(true);
 }
 
 /// Memory that begins with a page and stays in memory. The kernel copies requests and answers from and to it: when a

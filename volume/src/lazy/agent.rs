@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use petra_engine::format::SEGMENT_BYTES;
 use petra_engine::reader::{DamagedRange, Piece, Portion, Reading, Stretch, VolumeReader};
 use petra_engine::{ErrorKind, SnapshotId};
@@ -50,6 +50,8 @@ const OTHER_READS: usize = 4;
 pub(super) const PIECE_BYTES: u64 = 8 << 20;
 /// Messages that wait for the socket.
 const QUEUE: usize = 8;
+/// What the kernel holds for a server on its way. All of it comes before what is urgent.
+const SEND_BYTES: usize = 2 << 20;
 /// How long hydration makes way for those who wait before it takes one more step.
 const MAKE_WAY: Duration = Duration::from_millis(100);
 /// Between attempts while the store is away.
@@ -100,6 +102,8 @@ impl Connection {
         let (ToAgent::Hello(hello), Some(device)) = (message, device) else {
             return Err(io::Error::other("no hello, or no descriptor with it"));
         };
+        // More than one message, so that neither side waits for each single one. Without CAP_NET_ADMIN it stays as it is.
+        let _ = sockopt::set_socket_send_buffer_size_force(&stream, SEND_BYTES);
         stream.write_all(&ToServer::Welcome.encode()).await?;
         Ok(Self { stream, hello, device, process })
     }
@@ -275,7 +279,7 @@ async fn write_all(
         };
         let Some((head, body)) = message else { return };
         // The reader finds out too.
-        if output.write_all(&head).await.is_err() || output.write_all(&body).await.is_err() {
+        if output.write_all_buf(&mut Buf::chain(head.as_slice(), body)).await.is_err() {
             return;
         }
     }

@@ -1,4 +1,13 @@
 //! The image server's link to the agent: connects for ever, sends what is wanted, takes what comes.
+//!
+//! ```text
+//! agent -> socket -> this thread -> some messages -> the thread that stores
+//!                         \-> the image at once, when a request waits for it
+//! ```
+//!
+//! One thread receives while another one stores what came before. All messages go the same way, so that a flush, or a
+//! question for what is absent, follows all data that was sent before it. Data that a request waits for overtakes them: it
+//! is there earlier than it must be, which changes no answer for the worse.
 
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -7,7 +16,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -16,7 +25,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 
 use super::server::Inner;
 use super::wire::{HEADER_BYTES, Header, Hello, MAX_BODY, ToAgent, ToServer};
-use crate::fuse::Negotiated;
+use crate::fuse::{Negotiated, become_io_flusher, resident};
 
 /// Between attempts to connect while there is no agent.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -27,6 +36,9 @@ const WELCOME: Duration = Duration::from_secs(30);
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Absent ranges in one answer.
 const RANGES: usize = 1024;
+/// Messages that came and are not stored yet, of 1 MiB at most: enough that neither thread waits for each single one,
+/// and few enough that what is urgent gets past them soon.
+const MESSAGES: usize = 4;
 
 /// Where messages to the agent go: nowhere, while there is none.
 ///
@@ -72,13 +84,17 @@ pub(super) struct Link {
     pub(super) socket: PathBuf,
     pub(super) device: Arc<OwnedFd>,
     pub(super) negotiated: Negotiated,
-    /// For a message's body, and for reads that waited for it.
-    pub(super) buffer: MmapMut,
+    /// For reads that waited: one for each thread.
+    pub(super) buffers: (MmapMut, MmapMut),
 }
+
+/// A message on its way to the image.
+type Received = (Header, MmapMut);
 
 impl Link {
     /// Talks to one agent after the other.
     pub(super) fn run(mut self) {
+        become_io_flusher();
         let mut pause = FIRST_PAUSE;
         while !self.server.ending.load(Ordering::Relaxed) {
             match self.connect() {
@@ -141,17 +157,69 @@ impl Link {
         })?;
         *self.server.outbox.open() = Some(Open { sender, done });
         self.server.begin_again();
-        let mut reader = stream;
-        loop {
-            let mut header = [0; HEADER_BYTES];
-            reader.read_exact(&mut header)?;
-            let header = Header::parse(&header).map_err(io::Error::other)?;
-            let (body, buffer) = self.buffer.split_at_mut(MAX_BODY);
-            let body = body.get_mut(..header.body_bytes).unwrap_or_default();
-            reader.read_exact(body)?;
-            let message = ToServer::decode(header, body).map_err(io::Error::other)?;
-            take(&self.server, message, buffer);
+        let (received, to_store) = mpsc::sync_channel(MESSAGES);
+        let (stored, free) = mpsc::channel();
+        // One more is being received.
+        for _ in 0..=MESSAGES {
+            // It can't fail: the other end is here.
+            let _ = stored.send(resident(MAX_BODY).map_err(io::Error::other)?);
         }
+        let (server, (own, others)) = (&self.server, &mut self.buffers);
+        std::thread::scope(|scope| {
+            let store = move || store(server, &to_store, &stored, others);
+            std::thread::Builder::new()
+                .name("petra-store".to_owned())
+                .spawn_scoped(scope, store)?;
+            receive(server, stream, received, &free, own)
+        })
+    }
+}
+
+/// Takes messages in until the agent is gone. What came is stored all the same.
+fn receive(
+    server: &Arc<Inner>,
+    mut stream: &UnixStream,
+    received: SyncSender<Received>,
+    free: &Receiver<MmapMut>,
+    buffer: &mut [u8],
+) -> io::Result<()> {
+    let ended = || io::Error::other("the thread that stores has ended");
+    let mut body = free.recv().map_err(|_| ended())?;
+    loop {
+        let mut header = [0; HEADER_BYTES];
+        stream.read_exact(&mut header)?;
+        let header = Header::parse(&header).map_err(io::Error::other)?;
+        let place = body.get_mut(..header.body_bytes).unwrap_or_default();
+        stream.read_exact(place)?;
+        match ToServer::decode(header, place).map_err(io::Error::other)? {
+            ToServer::Data { offset, bytes } if server.is_waited_for(offset, bytes.len()) => {
+                server.fill(offset, bytes, buffer);
+            }
+            _ => {
+                received.send((header, body)).map_err(|_| ended())?;
+                body = free.recv().map_err(|_| ended())?;
+            }
+        }
+    }
+}
+
+/// Does what the agent says, one message after the other.
+fn store(
+    server: &Arc<Inner>,
+    received: &Receiver<Received>,
+    stored: &Sender<MmapMut>,
+    buffer: &mut [u8],
+) {
+    become_io_flusher();
+    while let Ok((header, body)) = received.recv() {
+        // It was understood before it was passed on.
+        if let Ok(message) =
+            ToServer::decode(header, body.get(..header.body_bytes).unwrap_or_default())
+        {
+            take(server, message, buffer);
+        }
+        // Nobody receives any more.
+        let _ = stored.send(body);
     }
 }
 
@@ -171,6 +239,7 @@ fn take(server: &Arc<Inner>, message: ToServer<'_>, buffer: &mut [u8]) {
             let flush = {
                 let server = server.clone();
                 move || {
+                    become_io_flusher();
                     let done = match server.image.sync() {
                         Ok(()) => true,
                         Err(error) => {

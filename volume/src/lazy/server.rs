@@ -182,12 +182,13 @@ impl Server {
             outbox: Outbox::default(),
             ending: AtomicBool::new(false),
         });
+        let buffer = || resident(session.buffer_bytes());
         let link = Link {
             server: inner.clone(),
             socket: options.socket.clone(),
             device: session.device(),
             negotiated: session.negotiated(),
-            buffer: resident(super::wire::MAX_BODY + session.buffer_bytes())?,
+            buffers: (buffer()?, buffer()?),
         };
         spawn("link", move || link.run())?;
         let clock = inner.clone();
@@ -305,6 +306,12 @@ impl Inner {
     pub(super) fn begin_again(&self) {
         let ranges = self.waits().begin_again();
         self.ask(ranges, true);
+    }
+
+    /// True when a request waits for a part of a range.
+    pub(super) fn is_waited_for(&self, offset: u64, len: usize) -> bool {
+        let range = offset..offset.saturating_add(len as u64);
+        self.waits().is_waited_for(&self.image.blocks(&range))
     }
 
     /// Data of the volume came.

@@ -69,6 +69,13 @@ impl<T> Waits<T> {
         window.waiters.push((block, waiter));
     }
 
+    /// True when something waits for one of some blocks.
+    pub(super) fn is_waited_for(&self, blocks: &Range<u64>) -> bool {
+        let mut waiters =
+            self.windows.range(windows(blocks)).flat_map(|(_, window)| &window.waiters);
+        waiters.any(|(block, _)| blocks.contains(block))
+    }
+
     /// Blocks have come: gives all that waited for them.
     pub(super) fn arrived(
         &mut self,
@@ -170,6 +177,7 @@ mod tests {
         assert_eq!(waits.want(&(5..6), true, absent), [0..WINDOW], "now it is urgent");
         waits.park(5, 'a');
         assert!(waits.want(&(6..7), true, absent).is_empty());
+        assert!(waits.is_waited_for(&(0..6)) && !waits.is_waited_for(&(6..500)));
         waits.park(6, 'b');
         assert_eq!(waits.arrived(&(5..6), |blocks| blocks != (5..6)), ['a']);
         assert_eq!(waits.begin_again(), [0..WINDOW], "read-ahead is forgotten");
