@@ -252,7 +252,7 @@ fn write_request(
                 outcome.damaged.push(Loss { error, plan: (*location, vec![*placement]) });
             }
         }
-        outcome.written_bytes += write_placements(&raw, whole, sink)?;
+        outcome.written_bytes += write_placements(&mut raw, whole, sink)?;
         let bytes = placements.iter().map(|placement| u64::from(placement.len)).sum();
         ctx.progress.event(Event::Processed { bytes });
     }
@@ -266,7 +266,11 @@ fn chunk_of<'a>(raw: &'a [u8], placement: &Placement) -> &'a [u8] {
 }
 
 /// Writes verified chunks; neighbours in both frame and volume go in one call.
-fn write_placements(raw: &[u8], mut placements: Vec<Placement>, sink: &dyn Sink) -> Result<u64> {
+fn write_placements(
+    raw: &mut Vec<u8>,
+    mut placements: Vec<Placement>,
+    sink: &dyn Sink,
+) -> Result<u64> {
     placements.sort_by_key(|placement| placement.target);
     let mut written = 0;
     let mut rest = placements.into_iter();
@@ -279,8 +283,12 @@ fn write_placements(raw: &[u8], mut placements: Vec<Placement>, sink: &dyn Sink)
             run.len += neighbour.len;
             next = rest.next();
         }
-        sink.write_at(chunk_of(raw, &run), run.target)?;
         written += u64::from(run.len);
+        if next.is_none() && run.offset == 0 && run.len as usize == raw.len() {
+            sink.take(raw, run.target)?;
+        } else {
+            sink.write_at(chunk_of(raw, &run), run.target)?;
+        }
     }
     Ok(written)
 }

@@ -515,6 +515,11 @@ impl Sink for Collect {
         self.pieces().push((offset, Bytes::copy_from_slice(bytes)));
         Ok(())
     }
+
+    fn take(&self, frame: &mut Vec<u8>, offset: u64) -> Result<()> {
+        self.pieces().push((offset, std::mem::take(frame).into()));
+        Ok(())
+    }
 }
 
 /// What was used last, each read once however many ask for it at one time.

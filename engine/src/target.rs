@@ -19,6 +19,11 @@ use crate::source::next_data;
 pub trait Sink: Send + Sync + fmt::Debug {
     /// Stores bytes.
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()>;
+
+    /// Stores all of a decoded frame, whose memory is left to whoever can use it.
+    fn take(&self, frame: &mut Vec<u8>, offset: u64) -> Result<()> {
+        self.write_at(frame, offset)
+    }
 }
 
 /// How much is written between two starts of writing out.
