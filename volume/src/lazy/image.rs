@@ -9,7 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, seek};
@@ -18,9 +18,13 @@ use rustix::io::Errno;
 use super::presence::{BLOCK_BYTES, Presence};
 use crate::error::{Error, Result};
 use crate::fuse::Zeroing;
+use crate::sys::files::begin_writeback;
 
 /// Bytes that one lock is for.
 const REGION_BYTES: u64 = 1 << 20;
+/// After so much that was filled in, the system begins to write it out: the disk has work while more comes, and a flush
+/// has little left to do.
+const WRITEBACK_BYTES: u64 = 32 << 20;
 /// Locks. Regions that share one only wait for each other.
 const LOCKS: u64 = 64;
 
@@ -34,6 +38,8 @@ pub(super) struct LocalImage {
     direct: bool,
     presence: Presence,
     locks: Vec<Mutex<()>>,
+    /// Bytes of data that fills brought.
+    filled: AtomicU64,
     /// The system lost writes: nothing may be called durable any more.
     broken: AtomicBool,
 }
@@ -65,7 +71,8 @@ impl LocalImage {
         }
         let locks = (0..LOCKS).map(|_| Mutex::new(())).collect();
         let (path, broken) = (path.to_owned(), AtomicBool::new(false));
-        Ok(Self { file, path, len_bytes, direct, presence, locks, broken })
+        let filled = AtomicU64::new(0);
+        Ok(Self { file, path, len_bytes, direct, presence, locks, filled, broken })
     }
 
     pub(super) fn presence(&self) -> &Presence {
@@ -182,6 +189,11 @@ impl LocalImage {
                 self.presence.set(run.clone());
                 at = run.end;
             }
+        }
+        let len_bytes = bytes.len() as u64;
+        let before = self.filled.fetch_add(len_bytes, Ordering::Relaxed);
+        if before / WRITEBACK_BYTES != (before + len_bytes) / WRITEBACK_BYTES && !self.direct {
+            begin_writeback(&self.file);
         }
         Ok(())
     }
