@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,9 @@ use petra_engine::record::VolumeRecord;
 use petra_engine::store::{MemoryStore, Store};
 use petra_engine::{Repository, SnapshotId};
 use petra_volume::fuse::Negotiated;
-use petra_volume::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Connection, End, serve};
+use petra_volume::lazy::agent::{
+    AgentEvent, AgentEvents, AgentOptions, Connection, End, Room, serve,
+};
 use petra_volume::lazy::presence::{Presence, VolumeIdentity};
 use petra_volume::lazy::server::{Inheritance, Server, ServerOptions};
 use tempfile::TempDir;
@@ -45,7 +48,8 @@ pub struct LazyLab {
     pub runtime: Runtime,
     /// The image is read and written past the page cache.
     pub direct: bool,
-    identity: VolumeIdentity,
+    /// The clone.
+    pub identity: VolumeIdentity,
 }
 
 impl LazyLab {
@@ -156,6 +160,7 @@ impl LazyLab {
                         start_list: start_list.clone(),
                         hydrate,
                         record_for,
+                        room: state.clone(),
                         events: state.clone(),
                     };
                     let end = serve(connection, options, &cancel).await;
@@ -268,6 +273,14 @@ struct AgentState {
     events: Mutex<Vec<String>>,
     recorded: Mutex<Vec<Range<u64>>>,
     end: Mutex<Option<End>>,
+    /// The disk is full, as far as it is told.
+    short: AtomicBool,
+}
+
+impl Room for AgentState {
+    fn is_short(&self) -> bool {
+        self.short.load(Ordering::Relaxed)
+    }
 }
 
 impl AgentEvents for AgentState {
@@ -290,6 +303,11 @@ impl Agent {
     /// Waits for an event.
     pub fn wait_for(&self, event: &str) {
         wait_until(event, || self.events().iter().any(|seen| seen == event));
+    }
+
+    /// Makes it believe that the disk is full, or that it is not.
+    pub fn set_short(&self, short: bool) {
+        self.state.short.store(short, Ordering::Relaxed);
     }
 
     /// What was recorded.

@@ -27,7 +27,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::error::{Error, Result};
-use crate::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Connection, End, serve};
+use crate::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Connection, End, Room, serve};
 use crate::pool::lock::Lock;
 use crate::pool::pins::{self, blocking};
 use crate::pool::{LazyState, Pool};
@@ -161,6 +161,7 @@ impl Agent {
             start_list: lazy.start.as_ref().map(|list| list.ranges().to_vec()).unwrap_or_default(),
             hydrate: !lazy.hydrated,
             record_for: lazy.start.is_none().then_some(MOUNT_TIME),
+            room: Arc::new(inner.pool.clone()),
             events: Arc::new(Events { object: object_of(&volume), happened: sender }),
         };
         let follow = self.follow(volume.clone(), lazy, repo, events);
@@ -364,6 +365,12 @@ enum Happened {
     Hydrated,
 }
 
+impl Room for Pool {
+    fn is_short(&self) -> bool {
+        Self::is_short(self)
+    }
+}
+
 /// Writes events down, and passes on what has consequences.
 #[derive(Debug)]
 struct Events {
@@ -383,6 +390,14 @@ impl AgentEvents for Events {
             AgentEvent::StoreBack => {
                 let reason = "RepositoryBack";
                 tracing::info!(target: EVENT, reason, object, "the repository is back");
+                return;
+            }
+            AgentEvent::RoomShort => {
+                tracing::warn!(%volume, "the pool is down to its reserve; only what is read is fetched");
+                return;
+            }
+            AgentEvent::FlushFailed => {
+                tracing::warn!(%volume, "what was fetched can't be made durable; it is tried again");
                 return;
             }
             AgentEvent::Damaged { range, error } => {

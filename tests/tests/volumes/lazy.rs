@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::Read;
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,6 +17,10 @@ use petra_tests::lazy::{Agent, ImageServer, LazyLab, wait_until};
 use petra_tests::recording::{Fate, Operation};
 use petra_tests::require;
 use petra_tests::volume::{Volume, noise, prose};
+use petra_volume::fuse::Negotiated;
+use petra_volume::lazy::presence::{BootId, Presence};
+use petra_volume::lazy::wire::{HEADER_BYTES, Header, Hello, ToAgent, ToServer};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 const MIB: u64 = 1 << 20;
 const BLOCK: u64 = 4096;
@@ -117,6 +123,115 @@ fn hydration_brings_all_and_the_repository_is_not_needed_any_more() {
         &std::fs::metadata(lab.dir.path().join("image")).unwrap(),
     ) * 512;
     assert!(allocated < volume.data_bytes() + 4 * MIB, "{allocated} bytes");
+}
+
+/// Reads one message.
+fn receive(stream: &mut UnixStream) -> (Header, Vec<u8>) {
+    let mut header = [0; HEADER_BYTES];
+    stream.read_exact(&mut header).unwrap();
+    let header = Header::parse(&header).unwrap();
+    let mut body = vec![0; header.body_bytes];
+    stream.read_exact(&mut body).unwrap();
+    (header, body)
+}
+
+/// What is asked after data was sent is answered when all of that data is stored.
+#[test]
+fn questions_and_flushes_follow_the_data_before_them() {
+    let volume = Volume::noise(7, 64 << 20);
+    let Some(lab) = LazyLab::new(&volume, false) else { return };
+    let listener = UnixListener::bind(lab.dir.path().join("socket")).unwrap();
+    let mut server = lab.server();
+    let (mut stream, _) = listener.accept().unwrap();
+    receive(&mut stream);
+    stream.write_all(&ToServer::Welcome.encode()).unwrap();
+    for (question, half) in [(1, 0..32 * MIB), (2, 32 * MIB..64 * MIB)] {
+        for offset in half.clone().step_by(1 << 20) {
+            let bytes = volume.read(offset..offset + MIB);
+            stream.write_all(&ToServer::Data { offset, bytes: &bytes }.encode()).unwrap();
+        }
+        let ask = ToServer::AskAbsent { question, range: 0..64 * MIB };
+        stream.write_all(&ask.encode()).unwrap();
+        stream.write_all(&ToServer::Flush { question }.encode()).unwrap();
+        let (header, body) = receive(&mut stream);
+        let absent = (half.end < 64 * MIB).then_some(half.end..64 * MIB);
+        let ranges = absent.into_iter().collect();
+        let expected = ToAgent::Absent { question, end: 64 * MIB, ranges };
+        assert_eq!(ToAgent::decode(header, &body), Ok(expected));
+        let (header, body) = receive(&mut stream);
+        let expected = ToAgent::Flushed { question, done: true };
+        assert_eq!(ToAgent::decode(header, &body), Ok(expected));
+        // What a restart of the machine would leave.
+        let path = lab.dir.path().join("presence");
+        let durable = File::open(&path).unwrap();
+        let copy = lab.dir.path().join(format!("copy-{question}"));
+        std::io::copy(&mut &durable, &mut File::create(&copy).unwrap()).unwrap();
+        let copy = OpenOptions::new().read(true).write(true).open(copy).unwrap();
+        let working = lab.dir.path().join(format!("working-{question}"));
+        let boot = BootId([9; 16]);
+        let presence = Presence::load(copy, &path, &working, lab.identity, boot).unwrap();
+        assert_eq!(presence.present_blocks() * BLOCK, half.end);
+    }
+    assert_eq!(volume.difference(&lab.file()), None);
+    server.kill();
+    server.clear_mount();
+}
+
+#[test]
+fn hydration_leaves_the_reserve_alone() {
+    let volume = volume();
+    let Some(lab) = LazyLab::new(&volume, false) else { return };
+    let agent = lab.agent(true);
+    agent.set_short(true);
+    let server = lab.server();
+    agent.wait_for("RoomShort");
+    assert!(read(&open(&lab), 0, 4096).unwrap() == volume.read(0..4096), "what is read comes");
+    std::thread::sleep(Duration::from_millis(1500));
+    let image = std::fs::metadata(lab.dir.path().join("image")).unwrap();
+    let allocated = std::os::unix::fs::MetadataExt::blocks(&image) * 512;
+    assert!(allocated < volume.data_bytes() / 2, "{allocated} bytes");
+    assert!(!agent.events().contains(&"Hydrated".to_owned()));
+    agent.set_short(false);
+    agent.wait_for("Hydrated");
+    let told = agent.events().iter().filter(|event| *event == "RoomShort").count();
+    assert_eq!(told, 1, "once");
+    server.unmount();
+    assert_eq!(volume.difference(&lab.dir.path().join("image")), None);
+}
+
+/// What can't be made durable is not hydrated; it is said, and tried again.
+#[test]
+fn a_flush_that_fails_is_tried_again() {
+    let Some(lab) = LazyLab::new(&Volume::zeros(MIB), false) else { return };
+    let agent = lab.agent(true);
+    let mut stream = UnixStream::connect(lab.dir.path().join("socket")).unwrap();
+    let negotiated = Negotiated { minor: 31, max_write: 4096, resend: false };
+    let hello = ToAgent::Hello(Hello { volume: lab.identity, negotiated }).encode();
+    let device = File::open("/dev/null").unwrap();
+    let device = [device.as_fd()];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&device)));
+    let sent = sendmsg(&stream, &[IoSlice::new(&hello)], &mut control, SendFlags::NOSIGNAL);
+    assert_eq!(sent, Ok(hello.len()));
+    let mut flushes = 0;
+    while flushes < 2 {
+        let (header, body) = receive(&mut stream);
+        let answer = match ToServer::decode(header, &body).unwrap() {
+            ToServer::AskAbsent { question, range } => {
+                ToAgent::Absent { question, end: range.end, ranges: vec![] }
+            }
+            ToServer::Flush { question } => {
+                flushes += 1;
+                assert!(!agent.events().contains(&"Hydrated".to_owned()));
+                ToAgent::Flushed { question, done: flushes > 1 }
+            }
+            _ => continue,
+        };
+        stream.write_all(&answer.encode()).unwrap();
+    }
+    agent.wait_for("Hydrated");
+    assert_eq!(agent.events(), ["FlushFailed", "Hydrated"]);
 }
 
 #[test]

@@ -56,7 +56,7 @@ const SEND_BYTES: usize = 2 << 20;
 const MAKE_WAY: Duration = Duration::from_millis(100);
 /// Between attempts while the store is away.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-pub(super) const LAST_PAUSE: Duration = Duration::from_secs(5);
+const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// How long a server may take to say who it is.
 const HELLO: Duration = Duration::from_secs(10);
 /// How long a dead server's process may take to disappear.
@@ -145,6 +145,10 @@ pub enum AgentEvent<'a> {
     },
     /// It answers again.
     StoreBack,
+    /// The local disk has no room for what nobody asked for: it waits. Told once, until there is room again.
+    RoomShort,
+    /// The server can't make durable what came. Told each time that it is tried.
+    FlushFailed,
     /// A part of the volume can't be read, and reading it is an I/O error. Told each time that it is tried.
     Damaged {
         /// Bytes of the volume.
@@ -172,6 +176,12 @@ pub trait AgentEvents: Send + Sync + fmt::Debug {
     fn event(&self, volume: SnapshotId, event: AgentEvent<'_>);
 }
 
+/// Knows how full the local disk is.
+pub trait Room: Send + Sync + fmt::Debug {
+    /// True when there is no room for what nobody asked for. May wait for the disk.
+    fn is_short(&self) -> bool;
+}
+
 /// What an agent does for one volume.
 #[derive(Debug)]
 pub struct AgentOptions {
@@ -183,6 +193,8 @@ pub struct AgentOptions {
     pub hydrate: bool,
     /// After this time the server is asked what was read so far, for [`AgentEvent::Recorded`].
     pub record_for: Option<Duration>,
+    /// Where the data goes.
+    pub room: Arc<dyn Room>,
     /// Where events go.
     pub events: Arc<dyn AgentEvents>,
 }
@@ -221,6 +233,7 @@ pub async fn serve(
         // What lies behind is there already.
         len_bytes: source_bytes.next_multiple_of(BLOCK_BYTES).min(image_bytes),
         reader: options.reader,
+        room: options.room,
         events: options.events,
         urgent,
         other,
@@ -293,6 +306,7 @@ pub(super) struct Agent {
     /// What comes from here: the source, in whole blocks as far as there are any.
     pub(super) len_bytes: u64,
     reader: Arc<VolumeReader>,
+    pub(super) room: Arc<dyn Room>,
     pub(super) events: Arc<dyn AgentEvents>,
     urgent: mpsc::Sender<Message>,
     pub(super) other: mpsc::Sender<Message>,

@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use petra_engine::format::SEGMENT_BYTES;
 use petra_engine::reader::{Reading, Stretch};
 use tokio::task::{JoinError, JoinSet};
 
-use super::agent::{Agent, AgentEvent, Gone, LAST_PAUSE, PIECE_BYTES, pieces_of};
+use super::agent::{Agent, AgentEvent, Gone, PIECE_BYTES, pieces_of};
 use super::presence::BLOCK_BYTES;
 use super::wire::{ToAgent, ToServer};
 
@@ -17,8 +18,14 @@ const GAP_BYTES: u64 = 1 << 20;
 /// Segments that are planned together, where nothing was touched. Writers work on several at one time, so that frames of
 /// neighbours lie between each other.
 const SEGMENTS: u64 = 4;
-/// After so much hydrated data it is made durable, while more comes: at the end there is little left to write.
-const FLUSH_BYTES: u64 = 128 << 20;
+/// After so much hydrated data it is made durable, while more comes: so much is fetched again after a crash. A flush holds
+/// up those who write, so it is not done more often; the server begins to write out earlier.
+const FLUSH_BYTES: u64 = 1 << 30;
+/// Between attempts while the server can't store what comes, or can't make it durable: twice as long each time.
+const FIRST_PAUSE: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+/// How often is looked for room.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Brings everything that is absent, the start list first. Ends without an event when the server is gone.
 pub(super) async fn hydrate(agent: Arc<Agent>, start_list: Vec<Range<u64>>) {
@@ -28,6 +35,7 @@ pub(super) async fn hydrate(agent: Arc<Agent>, start_list: Vec<Range<u64>>) {
         flush: JoinSet::new(),
         damaged: BTreeSet::new(),
         unflushed_bytes: 0,
+        short: false,
     };
     if hydration.run(start_list).await.is_err() {
         return;
@@ -46,10 +54,12 @@ struct Hydration {
     /// Each gives the parts that can't be read.
     reads: JoinSet<Result<Vec<Range<u64>>, Gone>>,
     /// The one that is under way.
-    flush: JoinSet<Result<(), Gone>>,
+    flush: JoinSet<Result<bool, Gone>>,
     /// Start and end of what can't be read.
     damaged: BTreeSet<(u64, u64)>,
     unflushed_bytes: u64,
+    /// There was no room when it was looked for last.
+    short: bool,
 }
 
 impl Hydration {
@@ -67,6 +77,7 @@ impl Hydration {
         }
         let segments = len_bytes.div_ceil(SEGMENT_BYTES);
         let mut left_before = u64::MAX;
+        let mut pauses = pauses();
         loop {
             let mut left = 0;
             let mut done = vec![false; usize::try_from(segments).unwrap_or_default()];
@@ -81,12 +92,13 @@ impl Hydration {
                 self.note(read)?;
             }
             if left == 0 {
-                self.begin_flush().await?;
-                return self.end_flush().await;
+                return self.flush_all().await;
             }
             if left >= left_before {
                 // The server can't store what it gets: a person may make room meanwhile.
-                tokio::time::sleep(LAST_PAUSE).await;
+                tokio::time::sleep(pauses.next().unwrap_or(LONGEST_PAUSE)).await;
+            } else {
+                pauses = self::pauses();
             }
             left_before = left;
         }
@@ -167,6 +179,7 @@ impl Hydration {
             self.begin_flush().await?;
         }
         self.unflushed_bytes += len_bytes;
+        self.wait_for_room().await?;
         self.agent.make_way().await;
         let permit = self.agent.other_reads.clone().acquire_owned().await.map_err(|_| Gone)?;
         let agent = self.agent.clone();
@@ -209,20 +222,56 @@ impl Hydration {
         let agent = self.agent.clone();
         self.flush.spawn(async move {
             match agent.ask(|question| ToServer::Flush { question }).await? {
-                ToAgent::Flushed { done: true, .. } => Ok(()),
-                // The server says why in its log. What is not durable must not count as hydrated.
+                ToAgent::Flushed { done, .. } => Ok(done),
                 _ => Err(Gone),
             }
         });
         Ok(())
     }
 
-    async fn end_flush(&mut self) -> Result<(), Gone> {
-        match self.flush.join_next().await {
-            Some(flushed) => flushed.map_err(|_| Gone)?,
-            None => Ok(()),
+    /// Waits for a flush; true when all that came before it is durable.
+    async fn end_flush(&mut self) -> Result<bool, Gone> {
+        let Some(flushed) = self.flush.join_next().await else { return Ok(true) };
+        let done = flushed.map_err(|_| Gone)??;
+        if !done {
+            // The server says why in its log.
+            self.agent.events.event(self.agent.volume, AgentEvent::FlushFailed);
+        }
+        Ok(done)
+    }
+
+    /// Makes all durable, however long it takes: what is not durable must not count as hydrated.
+    async fn flush_all(&mut self) -> Result<(), Gone> {
+        for pause in pauses() {
+            self.begin_flush().await?;
+            if self.end_flush().await? {
+                break;
+            }
+            tokio::time::sleep(pause).await;
+        }
+        Ok(())
+    }
+
+    /// Waits while only the reserve of the local disk is left. It is for those who write.
+    async fn wait_for_room(&mut self) -> Result<(), Gone> {
+        loop {
+            let room = self.agent.room.clone();
+            let short = tokio::task::spawn_blocking(move || room.is_short()).await;
+            let was_short = std::mem::replace(&mut self.short, short.map_err(|_| Gone)?);
+            if !self.short {
+                return Ok(());
+            }
+            if !was_short {
+                self.agent.events.event(self.agent.volume, AgentEvent::RoomShort);
+            }
+            tokio::time::sleep(LOOK).await;
         }
     }
+}
+
+/// How long to wait after each failure, for ever.
+fn pauses() -> impl Iterator<Item = Duration> {
+    std::iter::successors(Some(FIRST_PAUSE), |pause| Some((*pause * 2).min(LONGEST_PAUSE)))
 }
 
 /// Joins ranges that lie close together.
@@ -240,6 +289,12 @@ fn join(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pauses_grow_to_a_bound() {
+        let seconds: Vec<u64> = pauses().take(9).map(|pause| pause.as_secs()).collect();
+        assert_eq!(seconds, [5, 10, 20, 40, 80, 160, 300, 300, 300]);
+    }
 
     #[test]
     #[expect(clippy::single_range_in_vec_init, reason = "a list of ranges is what is meant")]

@@ -54,12 +54,21 @@ fn default_reserve(total_bytes: u64) -> u64 {
 }
 
 impl Pool {
+    /// True when only the reserve is left, as far as can be told.
+    pub fn is_short(&self) -> bool {
+        let space = files::space(self.root());
+        space.is_ok_and(|space| space.free_bytes <= self.reserve_bytes(space.total_bytes))
+    }
+
+    fn reserve_bytes(&self, total_bytes: u64) -> u64 {
+        self.state().reserve_bytes.unwrap_or_else(|| default_reserve(total_bytes))
+    }
+
     /// The pool's room. Volumes whose state can't be read count as nothing; [`volumes`](Self::volumes) shows them.
     pub fn status(&self) -> Result<Status> {
         let root = self.root();
         let space = files::space(root).map_err(Error::io("look at", root))?;
-        let reserve_bytes =
-            self.state().reserve_bytes.unwrap_or_else(|| default_reserve(space.total_bytes));
+        let reserve_bytes = self.reserve_bytes(space.total_bytes);
         let usable = u128::from(space.total_bytes.saturating_sub(reserve_bytes));
         let limit = usable * u128::from(self.state().overcommit_percent) / 100;
         let mut promised_bytes: u64 = 0;
