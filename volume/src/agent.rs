@@ -393,11 +393,15 @@ impl AgentEvents for Events {
                 return;
             }
             AgentEvent::RoomShort => {
-                tracing::warn!(%volume, "the pool is down to its reserve; only what is read is fetched");
+                let reason = "PoolShort";
+                let note = "the pool is down to its reserve; only what is read is fetched";
+                tracing::warn!(target: EVENT, reason, object, "{note}");
                 return;
             }
             AgentEvent::FlushFailed => {
-                tracing::warn!(%volume, "what was fetched can't be made durable; it is tried again");
+                let reason = "CloneNotDurable";
+                let note = "what was fetched can't be made durable; it is tried again";
+                tracing::warn!(target: EVENT, reason, object, "{note}");
                 return;
             }
             AgentEvent::Damaged { range, error } => {
