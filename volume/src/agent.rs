@@ -28,6 +28,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::error::{Error, Result};
 use crate::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Connection, End, serve};
+use crate::lazy::server::Inheritance;
 use crate::pool::lock::Lock;
 use crate::pool::pins::{self, blocking};
 use crate::pool::{LazyState, Pool};
@@ -39,8 +40,10 @@ use crate::volume::{Serving, Volume};
 const TICK: Duration = Duration::from_secs(60);
 /// An agent without work ends after this.
 const IDLE: Duration = Duration::from_secs(30);
-/// Between attempts to open a repository.
+/// Between attempts to do what failed.
 const RETRY: Duration = Duration::from_secs(1);
+/// Between attempts to open a repository that is away for longer: some take a second of work for a passphrase.
+const LAST_RETRY: Duration = Duration::from_secs(8);
 /// What is read in this time after a volume was first attached is what its mount needs.
 const MOUNT_TIME: Duration = Duration::from_secs(3);
 
@@ -88,6 +91,7 @@ impl Agent {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut busy = Instant::now();
+        let mut settling: Option<AbortHandle> = None;
         let mut upload: Option<AbortHandle> = None;
         loop {
             tokio::select! {
@@ -101,8 +105,11 @@ impl Agent {
                     }
                 },
                 _ = ticks.tick() => {
-                    self.clone().settle_pins().await;
-                    if upload.as_ref().is_none_or(AbortHandle::is_finished) && self.has_uploads().await {
+                    // Not here: a repository that does not answer must keep no image server waiting.
+                    if is_over(&settling) {
+                        settling = Some(tasks.spawn(self.clone().settle_pins()));
+                    }
+                    if is_over(&upload) && self.has_uploads().await {
                         upload = Some(tasks.spawn(self.clone().upload()));
                     }
                 }
@@ -141,43 +148,77 @@ impl Agent {
     }
 
     async fn serve(&self, connection: Connection) -> Result<()> {
-        let inner = &self.0;
         let id = connection.volume();
         let (volume, lazy) = self.lazy_volume(id).await?;
-        let record = &lazy.volume;
-        record.validate().map_err(|error| Error::Damaged {
+        lazy.volume.validate().map_err(|error| Error::Damaged {
             path: volume.directory().join("volume.json"),
             detail: error.to_string(),
         })?;
-        let repo = self.open(&lazy.repository).await?;
-        let reader = VolumeReader::open(&repo, record, &inner.ctx)?;
-        let (sender, events) = mpsc::unbounded_channel();
-        let options = AgentOptions {
-            reader: Arc::new(reader),
-            start_list: lazy.start.as_ref().map(|list| list.ranges().to_vec()).unwrap_or_default(),
-            hydrate: !lazy.hydrated,
-            record_for: lazy.start.is_none().then_some(MOUNT_TIME),
-            events: Arc::new(Events(sender)),
-        };
-        let follow = self.follow(volume.clone(), lazy, repo, events);
-        let served = serve(connection, options, &inner.ctx.cancel);
-        // What was said last is still heard, since the sender goes with the first one.
-        let (end, ()) = futures::join!(served, follow);
-        match end? {
-            End::Unmounted | End::Disconnected => Ok(()),
-            End::Died(inherited) => {
-                tracing::warn!(volume = %volume.name(), "its image server died; a successor goes on");
-                let serving = inner.serving.clone();
-                blocking(move || {
-                    let locked = volume.lock()?;
-                    if !locked.state().wanted.attached {
-                        return Ok(());
-                    }
-                    let read_only = locked.state().wanted.read_only;
-                    locked.start_server(&serving, read_only, Some(inherited))
-                })
-                .await
+        let (sender, happened) = mpsc::unbounded_channel();
+        let events: Arc<dyn AgentEvents> = Arc::new(Events(sender));
+        let opened = if lazy.hydrated {
+            None
+        } else {
+            // However long that takes, a server that dies meanwhile has a successor.
+            tokio::select! {
+                opened = self.open(id, &lazy, &*events) => Some(opened?),
+                dead = connection.dead() => dead.map(|()| None)?,
             }
+        };
+        let end = match opened {
+            Some((repo, reader)) => {
+                let options = AgentOptions {
+                    reader: Arc::new(reader),
+                    start_list: lazy
+                        .start
+                        .as_ref()
+                        .map(|list| list.ranges().to_vec())
+                        .unwrap_or_default(),
+                    hydrate: true,
+                    record_for: lazy.start.is_none().then_some(MOUNT_TIME),
+                    // What was said last is still heard, since the sender goes with the first one.
+                    events,
+                };
+                let follow = self.follow(volume.clone(), lazy, repo, happened);
+                let served = serve(connection, options, &self.0.ctx.cancel);
+                futures::join!(served, follow).0?
+            }
+            None => connection.hold().await?,
+        };
+        match end {
+            End::Unmounted | End::Disconnected => {}
+            End::Died(inherited) => self.replace_server(id, volume, inherited).await,
+        }
+        Ok(())
+    }
+
+    /// Starts successors of a dead server until one serves.
+    ///
+    /// Without the volume's lock: whoever has it may wait for the device, and so for the successor. What the lock would keep
+    /// out does no harm. A file system that is gone ends the successor, and two servers the lock of the presence map keeps
+    /// apart.
+    async fn replace_server(&self, id: SnapshotId, volume: Volume, inherited: Inheritance) {
+        let event = |event: AgentEvent<'_>| tell(id, event);
+        event(AgentEvent::ServerDied);
+        let begun = Instant::now();
+        loop {
+            let attempt = inherited.try_clone().map(|inherited| {
+                let (volume, serving) = (volume.clone(), self.0.serving.clone());
+                blocking(move || start_successor(&volume, &serving, inherited))
+            });
+            let error = match attempt {
+                Ok(attempt) => match attempt.await {
+                    Ok(true) => return event(AgentEvent::ServerReplaced),
+                    Ok(false) => return,
+                    Err(error) => error,
+                },
+                Err(error) => error,
+            };
+            if begun.elapsed() >= self.0.serving.patience {
+                return event(AgentEvent::ServerLost { error: &error });
+            }
+            tracing::warn!(volume = %volume.name(), %error, "a successor could not be started");
+            sleep(RETRY).await;
         }
     }
 
@@ -203,23 +244,40 @@ impl Agent {
         .await
     }
 
-    /// Opens a repository, however long it is away.
-    async fn open(&self, url: &str) -> Result<Repository> {
-        let mut told = false;
+    /// Opens what a clone comes from, however long that can't be read: a person can mend whatever it is while the volume
+    /// waits.
+    async fn open(
+        &self,
+        id: SnapshotId,
+        lazy: &LazyState,
+        events: &dyn AgentEvents,
+    ) -> Result<(Repository, VolumeReader)> {
+        let mut pause = RETRY;
         loop {
-            match self.0.repositories.open(url).await {
-                Ok(repo) => return Ok(repo),
-                Err(error) if error.kind() == petra_engine::ErrorKind::Retry => {
-                    if !std::mem::replace(&mut told, true) {
-                        tracing::warn!(url, %error, "the repository is away");
+            let opened: petra_engine::Result<_> = async {
+                let repo = self.0.repositories.open(&lazy.repository).await?;
+                let reader = VolumeReader::open(&repo, &lazy.volume, &self.0.ctx)?;
+                Ok((repo, reader))
+            }
+            .await;
+            match opened {
+                Ok(opened) => {
+                    if pause > RETRY {
+                        events.event(id, AgentEvent::StoreBack);
+                    }
+                    return Ok(opened);
+                }
+                Err(error) => {
+                    if pause == RETRY {
+                        events.event(id, AgentEvent::StoreAway { error: &error });
                     }
                 }
-                Err(error) => return Err(error.into()),
             }
             tokio::select! {
                 () = self.0.ctx.cancel.cancelled() => return Err(Error::Cancelled),
-                () = sleep(RETRY) => {}
+                () = sleep(pause) => {}
             }
+            pause = (pause * 2).min(LAST_RETRY);
         }
     }
 
@@ -360,26 +418,61 @@ struct Events(mpsc::UnboundedSender<Happened>);
 impl AgentEvents for Events {
     fn event(&self, volume: SnapshotId, event: AgentEvent<'_>) {
         let happened = match event {
-            AgentEvent::StoreAway { error } => {
-                tracing::warn!(%volume, %error, "the repository is away; what is missing waits");
-                return;
-            }
-            AgentEvent::StoreBack => {
-                tracing::info!(%volume, "the repository is back");
-                return;
-            }
-            AgentEvent::Damaged { range, error } => {
-                tracing::error!(%volume, ?range, %error, "a part of the volume can't be read");
-                return;
-            }
-            AgentEvent::Incomplete { damaged_bytes } => {
-                tracing::error!(%volume, damaged_bytes, "all is here but what can't be read");
-                return;
-            }
             AgentEvent::Recorded { ranges } => Happened::Recorded(ranges.to_vec()),
             AgentEvent::Hydrated => Happened::Hydrated,
+            event => return tell(volume, event),
         };
         // Nobody follows any more: the agent ends.
         let _ = self.0.send(happened);
     }
+}
+
+/// Writes down what nothing follows from.
+fn tell(volume: SnapshotId, event: AgentEvent<'_>) {
+    match event {
+        AgentEvent::StoreAway { error } => {
+            tracing::warn!(%volume, %error, "the repository is away; what is missing waits");
+        }
+        AgentEvent::StoreBack => tracing::info!(%volume, "the repository is back"),
+        AgentEvent::Damaged { range, error } => {
+            tracing::error!(%volume, ?range, %error, "a part of the volume can't be read");
+        }
+        AgentEvent::Incomplete { damaged_bytes } => {
+            tracing::error!(%volume, damaged_bytes, "all is here but what can't be read");
+        }
+        AgentEvent::ServerDied => {
+            tracing::warn!(%volume, "the image server died; who uses it waits for a successor");
+        }
+        AgentEvent::ServerReplaced => {
+            tracing::info!(%volume, "another image server goes on where the dead one was");
+        }
+        AgentEvent::ServerLost { error } => tracing::error!(
+            %volume, %error,
+            "no image server could be started: reads and writes fail until it is attached anew"
+        ),
+        AgentEvent::Recorded { .. } | AgentEvent::Hydrated => {}
+    }
+}
+
+/// Starts a successor if the volume needs one. Says whether it has one now.
+fn start_successor(volume: &Volume, serving: &Serving, inherited: Inheritance) -> Result<bool> {
+    let state = match volume.state() {
+        // Deleted meanwhile.
+        Err(Error::Unknown { .. }) => return Ok(false),
+        state => state?,
+    };
+    if !state.wanted.attached || !inherited.is_mounted() {
+        return Ok(false);
+    }
+    let started = volume.start_server(&state, serving, state.wanted.read_only, Some(inherited));
+    match started {
+        // Somebody was faster.
+        Err(_) if volume.has_server()? => Ok(true),
+        started => started.map(|()| true),
+    }
+}
+
+/// True where a task has ended, or never began.
+fn is_over(task: &Option<AbortHandle>) -> bool {
+    task.as_ref().is_none_or(AbortHandle::is_finished)
 }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::image::LocalImage;
@@ -60,6 +61,22 @@ pub struct Inheritance {
     pub device: OwnedFd,
     /// What that server had agreed on with the kernel.
     pub negotiated: Negotiated,
+}
+
+impl Inheritance {
+    /// Another one of the same descriptor: while there is one, no request is answered with an error.
+    pub fn try_clone(&self) -> Result<Self> {
+        let device = self.device.try_clone().map_err(Error::io("keep", "a FUSE descriptor"))?;
+        Ok(Self { device, negotiated: self.negotiated })
+    }
+
+    /// False when the file system is gone, so that nobody needs a server.
+    pub fn is_mounted(&self) -> bool {
+        let mut device = [PollFd::new(&self.device, PollFlags::empty())];
+        // What can't be asked may still be mounted.
+        let asked = poll(&mut device, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+        asked.is_err() || device.iter().all(|device| device.revents().is_empty())
+    }
 }
 
 /// A running image server.

@@ -20,6 +20,7 @@ use crate::backend::IMAGE;
 use crate::error::{Error, Result};
 use crate::lazy::presence::VolumeIdentity;
 use crate::lazy::server::{Inheritance, ServerOptions};
+use crate::pool::state::VolumeState;
 use crate::programs::Programs;
 use crate::sys::{files, mounts};
 
@@ -57,8 +58,43 @@ impl Volume {
         }
     }
 
+    /// Starts an image server, or a successor of one.
+    pub(crate) fn start_server(
+        &self,
+        state: &VolumeState,
+        serving: &Serving,
+        read_only: bool,
+        inherited: Option<Inheritance>,
+    ) -> Result<()> {
+        let mount = self.lazy_directory();
+        match std::fs::create_dir(&mount) {
+            // Also while a dead server is mounted there.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(Error::io("create", mount)(error));
+            }
+            _ => {}
+        }
+        let id = state.id;
+        let run = self.pool().run_directory()?;
+        let options = ServerOptions {
+            volume: VolumeIdentity { id, len_bytes: state.size_bytes },
+            image: self.image(),
+            presence: self.presence(),
+            working: run.join(format!("{id}.presence")),
+            mount,
+            socket: run.join(SOCKET),
+            // Smaller blocks than the pool's can only be written through the page cache.
+            direct: state.sector_bytes == 4096,
+            read_only,
+            patience: serving.patience,
+            threads: THREADS,
+        };
+        let log = run.join(format!("{id}.log"));
+        serving.programs.start_image_server(&options, inherited, &log)
+    }
+
     /// True while a process serves the volume. Its file is not asked: a server that hangs would not answer.
-    fn has_server(&self) -> Result<bool> {
+    pub(crate) fn has_server(&self) -> Result<bool> {
         let path = self.presence();
         match File::open(&path) {
             // Every server has it locked as long as it lives. Whoever starts one tries again where this is in the way.
@@ -87,52 +123,9 @@ impl LockedVolume {
             let by = "its image server died: detach it and attach it again".to_owned();
             return Err(self.volume.in_use(by));
         }
-        let pool = self.volume.pool().clone();
-        let run = pool.run_directory()?;
-        if std::os::unix::net::UnixStream::connect(run.join(SOCKET)).is_err() {
-            match serving.programs.start_agent(&pool) {
-                // Another one was faster.
-                Err(Error::Tool { .. })
-                    if std::os::unix::net::UnixStream::connect(run.join(SOCKET)).is_ok() => {}
-                started => started?,
-            }
-        }
-        self.start_server(serving, read_only, None)?;
+        serving.programs.ensure_agent(self.volume.pool())?;
+        self.volume.start_server(&self.state, serving, read_only, None)?;
         self.attach_image(&self.served(), read_only)
-    }
-
-    /// Starts an image server, or a successor of one.
-    pub(crate) fn start_server(
-        &self,
-        serving: &Serving,
-        read_only: bool,
-        inherited: Option<Inheritance>,
-    ) -> Result<()> {
-        let mount = self.volume.lazy_directory();
-        match std::fs::create_dir(&mount) {
-            // Also while a dead server is mounted there.
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(Error::io("create", mount)(error));
-            }
-            _ => {}
-        }
-        let id = self.state.id;
-        let run = self.volume.pool().run_directory()?;
-        let options = ServerOptions {
-            volume: VolumeIdentity { id, len_bytes: self.state.size_bytes },
-            image: self.volume.image(),
-            presence: self.volume.presence(),
-            working: run.join(format!("{id}.presence")),
-            mount,
-            socket: run.join(SOCKET),
-            // Smaller blocks than the pool's can only be written through the page cache.
-            direct: self.state.sector_bytes == 4096,
-            read_only,
-            patience: serving.patience,
-            threads: THREADS,
-        };
-        let log = run.join(format!("{id}.log"));
-        serving.programs.start_image_server(&options, inherited, &log)
     }
 
     /// What the device of a lazy clone stands on.
