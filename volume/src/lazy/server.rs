@@ -25,6 +25,8 @@ use crate::fuse::{File, Negotiated, Reply, Session, Zeroing, resident};
 
 /// How long a successor waits for the files of a server that is dying.
 const PREDECESSOR: Duration = Duration::from_secs(30);
+/// How long any other server waits: for those who look whether there is one.
+const LOOKS: Duration = Duration::from_secs(2);
 /// Windows that a recording holds: 8 GiB of a volume.
 const RECORDED_WINDOWS: usize = 1 << 16;
 
@@ -170,10 +172,11 @@ impl Server {
     pub fn start(options: &ServerOptions, inherited: Option<Inheritance>) -> Result<Self> {
         let begun = Instant::now();
         let boot = BootId::current()?;
+        let wait = if inherited.is_some() { PREDECESSOR } else { LOOKS };
         let presence = loop {
             let opened = Presence::open(&options.presence, &options.working, options.volume, boot);
             match opened {
-                Err(Error::Busy { .. }) if inherited.is_some() && begun.elapsed() < PREDECESSOR => {
+                Err(Error::Busy { .. }) if begun.elapsed() < wait => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 opened => break opened?,

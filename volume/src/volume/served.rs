@@ -97,8 +97,8 @@ impl Volume {
     pub(crate) fn has_server(&self) -> Result<bool> {
         let path = self.presence();
         match File::open(&path) {
-            // Every server has it locked as long as it lives. Whoever starts one tries again where this is in the way.
-            Ok(file) => Ok(!files::try_lock(&file).map_err(Error::io("lock", &path))?),
+            // Every server has it locked as long as it lives. One that starts tries again where this is in the way.
+            Ok(file) => files::is_locked(&file).map_err(Error::io("lock", &path)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(Error::io("open", path)(error)),
         }
