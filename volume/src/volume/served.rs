@@ -90,7 +90,7 @@ impl Volume {
             threads: THREADS,
         };
         let log = run.join(format!("{id}.log"));
-        serving.programs.start_image_server(&options, inherited, &log)
+        serving.programs.start_image_server(&self.pool, &options, inherited, &log)
     }
 
     /// True while a process serves the volume. Its file is not asked: a server that hangs would not answer.
@@ -110,6 +110,7 @@ impl LockedVolume {
     /// missing.
     pub fn attach_served(&mut self, serving: &Serving, read_only: bool) -> Result<Attachment> {
         let Some(lazy) = self.state.lazy.clone() else { return self.attach(read_only) };
+        let agent = || serving.programs.ensure_agent(self.volume.pool());
         if self.volume.attachment()?.is_none() {
             self.end_server()?;
             if lazy.hydrated {
@@ -118,12 +119,13 @@ impl LockedVolume {
                 return self.attach(read_only);
             }
         } else if self.volume.has_server()? {
+            agent()?;
             return self.attach_image(&self.served(), read_only);
         } else {
             let by = "its image server died: detach it and attach it again".to_owned();
             return Err(self.volume.in_use(by));
         }
-        serving.programs.ensure_agent(self.volume.pool())?;
+        agent()?;
         self.volume.start_server(&self.state, serving, read_only, None)?;
         self.attach_image(&self.served(), read_only)
     }
