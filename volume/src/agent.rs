@@ -32,9 +32,10 @@ use crate::lazy::server::Inheritance;
 use crate::pool::lock::Lock;
 use crate::pool::pins::{self, blocking};
 use crate::pool::{LazyState, Pool};
+use crate::programs::Programs;
 use crate::snapshot;
 use crate::volume::served::SOCKET;
-use crate::volume::{Serving, Volume};
+use crate::volume::{DEFAULT_PATIENCE, Volume};
 
 /// How often is looked for what has to be done.
 const TICK: Duration = Duration::from_secs(60);
@@ -61,7 +62,7 @@ pub struct Agent(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     pool: Pool,
-    serving: Serving,
+    programs: Programs,
     repositories: Arc<dyn Repositories>,
     ctx: Context,
 }
@@ -70,11 +71,11 @@ impl Agent {
     /// An agent. It uses `ctx` for everything that it does.
     pub fn new(
         pool: Pool,
-        serving: Serving,
+        programs: Programs,
         repositories: Arc<dyn Repositories>,
         ctx: Context,
     ) -> Self {
-        Self(Arc::new(Inner { pool, serving, repositories, ctx }))
+        Self(Arc::new(Inner { pool, programs, repositories, ctx }))
     }
 
     /// Works until it is cancelled or, if `until_idle`, there was nothing to do for a while. `ready` is called when image
@@ -201,10 +202,12 @@ impl Agent {
         let event = |event: AgentEvent<'_>| tell(id, event);
         event(AgentEvent::ServerDied);
         let begun = Instant::now();
+        // Who waits for longer than that wants an error.
+        let patience = volume.state().map_or(DEFAULT_PATIENCE, |state| state.wanted.patience());
         loop {
             let attempt = inherited.try_clone().map(|inherited| {
-                let (volume, serving) = (volume.clone(), self.0.serving.clone());
-                blocking(move || start_successor(&volume, &serving, inherited))
+                let (volume, programs) = (volume.clone(), self.0.programs.clone());
+                blocking(move || start_successor(&volume, &programs, inherited))
             });
             let error = match attempt {
                 Ok(attempt) => match attempt.await {
@@ -214,7 +217,7 @@ impl Agent {
                 },
                 Err(error) => error,
             };
-            if begun.elapsed() >= self.0.serving.patience {
+            if begun.elapsed() >= patience {
                 return event(AgentEvent::ServerLost { error: &error });
             }
             tracing::warn!(volume = %volume.name(), %error, "a successor could not be started");
@@ -361,7 +364,7 @@ impl Agent {
 
     /// Uploads what waits, unless someone is at it. In a process of its own, since idle priority is for good.
     async fn upload(self) {
-        let command = self.0.serving.programs.upload(&self.0.pool);
+        let command = self.0.programs.upload(&self.0.pool);
         match tokio::process::Command::from(command).status().await {
             Ok(status) if status.success() => {}
             Ok(status) => tracing::warn!(%status, "an upload failed; it is tried again"),
@@ -455,7 +458,7 @@ fn tell(volume: SnapshotId, event: AgentEvent<'_>) {
 }
 
 /// Starts a successor if the volume needs one. Says whether it has one now.
-fn start_successor(volume: &Volume, serving: &Serving, inherited: Inheritance) -> Result<bool> {
+fn start_successor(volume: &Volume, programs: &Programs, inherited: Inheritance) -> Result<bool> {
     let state = match volume.state() {
         // Deleted meanwhile.
         Err(Error::Unknown { .. }) => return Ok(false),
@@ -464,8 +467,7 @@ fn start_successor(volume: &Volume, serving: &Serving, inherited: Inheritance) -
     if !state.wanted.attached || !inherited.is_mounted() {
         return Ok(false);
     }
-    let started = volume.start_server(&state, serving, state.wanted.read_only, Some(inherited));
-    match started {
+    match volume.start_server(&state, programs, Some(inherited)) {
         // Somebody was faster.
         Err(_) if volume.has_server()? => Ok(true),
         started => started.map(|()| true),

@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 use tokio::task::spawn_blocking;
 
 use crate::failure::{Exit, Failure};
-use crate::node;
+use crate::node::{self, Patience};
 use crate::session::Session;
 
 /// How often is looked whether there is an agent. The second time that there is none one is started: a service manager
@@ -56,9 +56,8 @@ pub struct ImageServer {
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
-    /// How many seconds a read waits for absent data
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    patience: u64,
+    #[command(flatten)]
+    patience: Patience,
     /// Go on where a dead image server was, with its FUSE descriptor as standard input
     #[arg(long, value_name = "AGREED")]
     resume: Option<Negotiated>,
@@ -76,7 +75,7 @@ impl ImageServer {
             socket: self.agent.clone(),
             direct: self.direct,
             read_only: self.read_only,
-            patience: Duration::from_secs(self.patience),
+            patience: self.patience.into(),
             // While one waits for the disk, others go on.
             threads: (2 * threads).clamp(4, 16),
         };
@@ -99,7 +98,7 @@ impl ImageServer {
             std::thread::spawn(move || done.send(server.run()));
             ended
         };
-        tokio::spawn(keep_agent(node::serving(session)?.programs, self.pool, self.agent));
+        tokio::spawn(keep_agent(node::programs(session)?, self.pool, self.agent));
         tokio::select! {
             ended = serving => {
                 let died = |_| Failure::new(Exit::Internal, "the image server's thread died");

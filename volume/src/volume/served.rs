@@ -20,7 +20,7 @@ use crate::backend::IMAGE;
 use crate::error::{Error, Result};
 use crate::lazy::presence::VolumeIdentity;
 use crate::lazy::server::{Inheritance, ServerOptions};
-use crate::pool::state::VolumeState;
+use crate::pool::state::{VolumeState, Wanted};
 use crate::programs::Programs;
 use crate::sys::{files, mounts};
 
@@ -32,12 +32,15 @@ const SUCCESSOR_STEP: Duration = Duration::from_millis(50);
 /// Threads of an image server.
 const THREADS: usize = 4;
 
+/// How long a read of a lazy clone waits for a repository that is away, unless it is told.
+pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(600);
+
 /// What serving a lazy clone needs.
 #[derive(Clone, Debug)]
 pub struct Serving {
     /// How processes are started.
     pub programs: Programs,
-    /// How long a read waits for data while the repository is away.
+    /// How long a read waits for data while the repository is away: [`DEFAULT_PATIENCE`] or another time, in whole seconds.
     pub patience: Duration,
 }
 
@@ -58,12 +61,11 @@ impl Volume {
         }
     }
 
-    /// Starts an image server, or a successor of one.
+    /// Starts an image server, or a successor of one, as it is wanted.
     pub(crate) fn start_server(
         &self,
         state: &VolumeState,
-        serving: &Serving,
-        read_only: bool,
+        programs: &Programs,
         inherited: Option<Inheritance>,
     ) -> Result<()> {
         let mount = self.lazy_directory();
@@ -85,12 +87,12 @@ impl Volume {
             socket: run.join(SOCKET),
             // Smaller blocks than the pool's can only be written through the page cache.
             direct: state.sector_bytes == 4096,
-            read_only,
-            patience: serving.patience,
+            read_only: state.wanted.read_only,
+            patience: state.wanted.patience(),
             threads: THREADS,
         };
         let log = run.join(format!("{id}.log"));
-        serving.programs.start_image_server(&self.pool, &options, inherited, &log)
+        programs.start_image_server(&self.pool, &options, inherited, &log)
     }
 
     /// True while a process serves the volume. Its file is not asked: a server that hangs would not answer.
@@ -126,7 +128,17 @@ impl LockedVolume {
             return Err(self.volume.in_use(by));
         }
         agent()?;
-        self.volume.start_server(&self.state, serving, read_only, None)?;
+        // Noted first: who replaces the server goes by it.
+        self.change(|state| {
+            let patience_seconds = Some(serving.patience.as_secs());
+            state.wanted = Wanted {
+                attached: true,
+                read_only,
+                patience_seconds,
+                mounted_at: state.wanted.mounted_at.take(),
+            };
+        })?;
+        self.volume.start_server(&self.state, &serving.programs, None)?;
         self.attach_image(&self.served(), read_only)
     }
 
