@@ -169,7 +169,8 @@ async fn compare(
     let full = FileSource::open(&copy).unwrap();
     let changed = base.filter(|base| base.repository == to.incremental.config().id).map(|base| {
         let source = CopySource::open(&copy).unwrap();
-        let source = source.with_base(&volume.copy_image(base.copy), base.snapshot).unwrap();
+        let path = volume.copy_image(base.copy);
+        let source = source.with_base(&path, base.snapshot, base.volume).unwrap();
         let known = std::fs::metadata(volume.copy_image(base.copy)).unwrap().len();
         let changed = source.changed(0..known, base.snapshot).unwrap();
         changed.iter().map(|range| range.end - range.start).sum()

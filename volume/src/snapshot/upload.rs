@@ -278,13 +278,12 @@ impl Upload {
             let mut source =
                 CopySource::open(&volume.copy_image(part.copy))?.with_rate(rate.clone());
             // What is known of the past of one volume says nothing about another of the same snapshot.
-            let base = state.base.filter(|base| {
-                base.repository == repo.config().id
-                    && base.volume == part.name
-                    && base.copy != part.copy
-            });
+            let base = state
+                .base
+                .filter(|base| base.repository == repo.config().id && base.copy != part.copy);
             if let Some(base) = base {
-                source = source.with_base(&volume.copy_image(base.copy), base.snapshot)?;
+                let path = volume.copy_image(base.copy);
+                source = source.with_base(&path, base.snapshot, base.volume)?;
                 parent.get_or_insert(base.snapshot);
             }
             sources.push((part.name.clone(), Arc::new(source)));
