@@ -19,11 +19,15 @@ use petra_engine::{Context, Name, Repository};
 
 use crate::error::{Error, Result};
 use crate::pool::pins::{self, blocking};
-use crate::pool::{BaseState, Content, CreateRequest, Filesystem, LazyState, Pool};
+use crate::pool::{
+    BaseState, Content, CreateRequest, Filesystem, LARGEST_SECTOR_BYTES, LazyState, Pool,
+};
+use crate::snapshot::sector_bytes_of;
 use crate::volume::{LockedVolume, Volume};
 
-/// The device of a clone has the smallest blocks: whatever the volume was used with before works with them.
-const SECTOR_BYTES: u32 = 512;
+/// The blocks of a clone's device where nobody knows those of its origin: whatever was used before works with the
+/// smallest ones.
+const SMALLEST_SECTOR_BYTES: u32 = 512;
 
 /// How long a clone by reference waits for its turn: another one takes milliseconds.
 const REFERENCE_WAIT: Duration = Duration::from_secs(2);
@@ -161,10 +165,13 @@ fn base_of(
 
 fn create_request(request: &CloneRequest, content: Content) -> Result<CreateRequest> {
     let size_bytes = request.len_bytes()?;
+    let sector_bytes = sector_bytes_of(&request.snapshot).filter(|sector_bytes| {
+        *sector_bytes == LARGEST_SECTOR_BYTES && size_bytes.is_multiple_of((*sector_bytes).into())
+    });
     Ok(CreateRequest {
         name: request.name.clone(),
         size_bytes,
-        sector_bytes: SECTOR_BYTES,
+        sector_bytes: sector_bytes.unwrap_or(SMALLEST_SECTOR_BYTES),
         // What it holds shows when it is mounted.
         filesystem: Filesystem::Raw,
         content,

@@ -193,7 +193,14 @@ async fn clones_of_a_snapshot_may_be_larger() {
         let state = volume.state().unwrap();
         assert_eq!((state.size_bytes, state.grow_filesystem), (300 * MIB, true));
         assert_eq!(state.metadata, larger.metadata);
+        assert_eq!(state.sector_bytes, 4096, "as the volume had");
         assert_eq!(fs::metadata(volume.image()).unwrap().len(), 300 * MIB);
+        let odd = request("odd", Some(64 * MIB + 512));
+        let odd = clones::clone(pool, &repo, &odd, &context()).await;
+        match expected {
+            How::Lazy => assert_eq!(odd.unwrap().0.state().unwrap().sector_bytes, 512),
+            How::Reference => assert_eq!(odd.unwrap_err().kind(), ErrorKind::Fix),
+        }
         let (same, _) =
             clones::clone(pool, &repo, &request("same", None), &context()).await.unwrap();
         let state = same.state().unwrap();

@@ -189,7 +189,7 @@ pub enum AgentEvent<'a> {
         /// What is missing or damaged.
         error: &'a petra_engine::Error,
     },
-    /// What was read since the volume was first mounted, in that order: a start list.
+    /// What was read since the volume was first mounted, in that order: what a start list is made of.
     Recorded {
         /// Bytes of the volume.
         ranges: &'a [Range<u64>],

@@ -23,6 +23,8 @@ use crate::volume::Volume;
 pub const MIN_VOLUME_BYTES: u64 = 1 << 20;
 /// The largest volume, in bytes: a repository takes no larger ones.
 pub const MAX_VOLUME_BYTES: u64 = petra_engine::format::MAX_VOLUME_BYTES;
+/// The blocks of a new volume's device, in bytes: those of what pools are on.
+pub const LARGEST_SECTOR_BYTES: u32 = 4096;
 /// Metadata of a volume, in bytes: its state is rewritten with each change.
 const MAX_METADATA_BYTES: usize = 64 << 10;
 
@@ -81,7 +83,7 @@ impl CreateRequest {
         Self {
             name,
             size_bytes,
-            sector_bytes: 4096,
+            sector_bytes: LARGEST_SECTOR_BYTES,
             filesystem,
             content: Content::Formatted,
             base: None,
@@ -102,7 +104,7 @@ impl CreateRequest {
             format!("a volume with {filesystem} has at least {min_bytes} bytes")
         } else if *size_bytes > MAX_VOLUME_BYTES {
             format!("a volume has at most {MAX_VOLUME_BYTES} bytes (1 PiB)")
-        } else if !matches!(sector_bytes, 512 | 4096) {
+        } else if !matches!(*sector_bytes, 512 | LARGEST_SECTOR_BYTES) {
             format!("a volume's device has blocks of 512 or 4096 bytes, not of {sector_bytes}")
         } else if !size_bytes.is_multiple_of(u64::from(*sector_bytes)) {
             format!("its size must be a multiple of {sector_bytes} bytes")

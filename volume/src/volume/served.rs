@@ -20,6 +20,7 @@ use crate::backend::IMAGE;
 use crate::error::{Error, Result};
 use crate::lazy::presence::VolumeIdentity;
 use crate::lazy::server::{Inheritance, ServerOptions};
+use crate::pool::LARGEST_SECTOR_BYTES;
 use crate::pool::state::{VolumeState, Wanted};
 use crate::programs::Programs;
 use crate::sys::{files, mounts};
@@ -86,7 +87,7 @@ impl Volume {
             mount,
             socket: run.join(SOCKET),
             // Smaller blocks than the pool's can only be written through the page cache.
-            direct: state.sector_bytes == 4096,
+            direct: state.sector_bytes == LARGEST_SECTOR_BYTES,
             read_only: state.wanted.read_only,
             patience: state.wanted.patience(),
             threads: THREADS,
