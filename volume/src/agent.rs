@@ -166,7 +166,7 @@ impl Agent {
                 dead = connection.dead() => dead.map(|()| None)?,
             }
         };
-        let end = match opened {
+        match opened {
             Some((repo, reader)) => {
                 let options = AgentOptions {
                     reader: Arc::new(reader),
@@ -181,16 +181,27 @@ impl Agent {
                     events,
                 };
                 let follow = self.follow(volume.clone(), lazy, repo, happened);
-                let served = serve(connection, options, &self.0.ctx.cancel);
-                futures::join!(served, follow).0?
+                let served = async {
+                    let end = serve(connection, options, &self.0.ctx.cancel).await?;
+                    self.ended(end, id, &volume).await;
+                    Ok(())
+                };
+                // What follows may take long, and a successor must not wait for it.
+                futures::join!(served, follow).0
             }
-            None => connection.hold().await?,
-        };
+            None => {
+                self.ended(connection.hold().await?, id, &volume).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Does what the end of a connection asks for.
+    async fn ended(&self, end: End, id: SnapshotId, volume: &Volume) {
         match end {
             End::Unmounted | End::Disconnected => {}
             End::Died(inherited) => self.replace_server(id, volume, inherited).await,
         }
-        Ok(())
     }
 
     /// Starts successors of a dead server until one serves.
@@ -198,7 +209,7 @@ impl Agent {
     /// Without the volume's lock: whoever has it may wait for the device, and so for the successor. What the lock would keep
     /// out does no harm. A file system that is gone ends the successor, and two servers the lock of the presence map keeps
     /// apart.
-    async fn replace_server(&self, id: SnapshotId, volume: Volume, inherited: Inheritance) {
+    async fn replace_server(&self, id: SnapshotId, volume: &Volume, inherited: Inheritance) {
         let event = |event: AgentEvent<'_>| tell(id, event);
         event(AgentEvent::ServerDied);
         let begun = Instant::now();

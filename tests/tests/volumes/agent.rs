@@ -147,7 +147,9 @@ impl Lab {
 
     fn hydrate(&self) {
         wait_until("all data", || self.volume.state().unwrap().lazy.unwrap().hydrated);
-        wait_until("the end of its pin", || self.pool.pool.noted_pins().unwrap().is_empty());
+        // Also one that somebody is at work with.
+        let pins = self.pool.pool.root().join("pins");
+        wait_until("the end of its pin", || fs::read_dir(&pins).unwrap().count() == 0);
     }
 
     /// Compares some blocks with what they must be.
@@ -222,14 +224,24 @@ fn a_successor_that_can_t_be_started_is_tried_again() {
     lab.hydrate();
     let log = format!("{}.log", lab.volume.state().unwrap().id);
     let log = lab.pool.pool.run_directory().unwrap().join(log);
-    fs::remove_file(&log).unwrap();
-    fs::create_dir(&log).unwrap();
-    lab.kill_server();
+    let prevent = || {
+        fs::remove_file(&log).unwrap();
+        fs::create_dir(&log).unwrap();
+        lab.kill_server();
+    };
+    prevent();
     let waiting = reader(&device, 5 * MIB);
     std::thread::sleep(Duration::from_secs(3));
     assert!(!waiting.is_finished());
     fs::remove_dir(&log).unwrap();
     assert!(waiting.join().unwrap() == lab.model.read(5 * MIB..5 * MIB + BLOCK));
+
+    // Not when nobody needs it any more.
+    prevent();
+    lab.volume.lock().unwrap().detach().unwrap();
+    fs::remove_dir(&log).unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(lab.processes("image-server"), []);
 }
 
 #[test]
