@@ -8,20 +8,35 @@ use petra_engine::access::SecretsDirectory;
 use petra_engine::{Access, Error, Repository, RepositoryUrl};
 use petra_volume::agent::Repositories;
 use petra_volume::programs::Programs;
-use petra_volume::volume::Serving;
+use petra_volume::volume::{DEFAULT_PATIENCE, Serving};
 
 use crate::failure::Failure;
 use crate::session::Session;
 
-/// How long a read of a lazy clone waits for a repository that is away.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// For commands that start an image server.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Patience {
+    /// For how many seconds a read of a lazy clone waits while the repository is away, before it fails
+    #[arg(long = "patience", value_name = "SECONDS", default_value_t = DEFAULT_PATIENCE.as_secs())]
+    seconds: u64,
+}
 
-/// Serves lazy clones with processes of this very program, which open repositories with the same secret.
-pub fn serving(session: &Session) -> Result<Serving, Failure> {
+impl From<Patience> for Duration {
+    fn from(patience: Patience) -> Self {
+        Self::from_secs(patience.seconds)
+    }
+}
+
+/// Processes of this very program, which open repositories with the same secret.
+pub fn programs(session: &Session) -> Result<Programs, Failure> {
     let find = |cause| Error::Io { action: "find", path: "petra".into(), cause };
     let program = std::env::current_exe().map_err(find)?;
-    let programs = Programs::new(program, session.secret_options().map_err(find)?);
-    Ok(Serving { programs, patience: PATIENCE })
+    Ok(Programs::new(program, session.secret_options().map_err(find)?))
+}
+
+/// Serves lazy clones with such processes.
+pub fn serving(session: &Session, patience: Patience) -> Result<Serving, Failure> {
+    Ok(Serving { programs: programs(session)?, patience: patience.into() })
 }
 
 /// Fails where the processes behind a lazy clone could not open its repository, since its passphrase was typed.

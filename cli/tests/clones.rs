@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 
 use common::Sandbox;
 use petra_tests::pool::{can_have_pools, take_apart};
+use petra_tests::s3::{Access, InProcessS3};
+use petra_tests::slow::SlowWay;
 use petra_tests::volume::noise;
 
 /// Longer than any step takes on a busy machine.
@@ -61,15 +63,36 @@ fn wait_for(what: &str, mut is: impl FnMut() -> bool) {
     }
 }
 
+/// Writes a file again and again until it is told to stop.
+fn keep_writing(file: &Path, stop: &AtomicBool) {
+    for seed in 0.. {
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        fs::write(file, noise(seed, 300_000)).unwrap();
+    }
+}
+
 #[test]
 fn a_clone_on_another_machine_starts_before_its_data_is_there() {
     if !can_have_pools() {
         return;
     }
+    let server = InProcessS3::start();
+    let way =
+        SlowWay::to(server.access().endpoint.strip_prefix("http://").unwrap().parse().unwrap());
     let mut sandbox = Sandbox::new();
+    let variables = server.access().environment();
+    sandbox.environment = variables.map(|(name, value)| (name.to_owned(), value)).into();
     let home = sandbox.path("").canonicalize().unwrap();
     let _cleanup = Cleanup(home.clone());
-    sandbox.ok("init ./repo");
+    // One repository, which the second machine is far from.
+    let url = |access: &Access| {
+        let Access { endpoint, bucket, .. } = access;
+        format!("s3://{bucket}/repo?endpoint={endpoint}&region=us-east-1")
+    };
+    let (repo, far_repo) = (url(server.access()), url(&Access::to(way.address())));
+    sandbox.ok(&format!("init {repo}"));
     sandbox.ok("pool init near.img --size 4G --at near");
     sandbox.ok("pool init far.img --size 4G --at far --filesystem xfs");
     let pool = |name: &str| format!("--pool {}", home.join(name).display());
@@ -80,62 +103,68 @@ fn a_clone_on_another_machine_starts_before_its_data_is_there() {
     sandbox.ok(&format!("volume create {near} data --size 512M --filesystem xfs"));
     sandbox.ok(&format!("volume mount {near} work at-work"));
     sandbox.ok(&format!("volume mount {near} data at-data"));
-    write_files(&home.join("at-work"), 1, 60);
+    write_files(&home.join("at-work"), 1, 100);
     write_files(&home.join("at-data"), 2, 10);
     let stop = AtomicBool::new(false);
-    let busy = home.join("at-work/busy");
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for seed in 0.. {
-                if stop.load(Ordering::Relaxed) {
-                    break;
-                }
-                fs::write(&busy, noise(seed, 300_000)).unwrap();
-            }
-        });
-        sandbox.ok(&format!("volume snapshot {near} work data ./repo#e/r --name first"));
+        for volume in ["at-work", "at-data"] {
+            let (busy, stop) = (home.join(volume).join("busy"), &stop);
+            scope.spawn(move || keep_writing(&busy, stop));
+        }
+        sandbox.ok(&format!("volume snapshot {near} work data {repo}#e/r --name first"));
         stop.store(true, Ordering::Relaxed);
     });
 
     // By reference where the copy is, lazily elsewhere.
-    let made = sandbox.json(&format!("clone {near} ./repo#e/r/first/work again"));
+    let made = sandbox.json(&format!("clone {near} {repo}#e/r/first/work again"));
     assert_eq!(made["how"], "reference");
     sandbox.ok(&format!("volume mount {near} again at-again"));
-    assert!(has_files(&home.join("at-again"), 1, 60));
-    let made = sandbox.json(&format!("clone {far} ./repo#e/r/first/work there"));
+    assert!(has_files(&home.join("at-again"), 1, 100));
+    way.limit(4 << 20);
+    let made = sandbox.json(&format!("clone {far} {far_repo}#e/r/first/work there"));
     assert_eq!(made["how"], "lazy");
-    sandbox.ok(&format!("volume mount {far} there at-there"));
+    sandbox.ok(&format!("volume mount {far} there at-there --patience 120"));
+    let info =
+        |sandbox: &mut Sandbox, volume: &str| sandbox.json(&format!("volume info {far} {volume}"));
+    assert_eq!(info(&mut sandbox, "there")["sector_bytes"], 4096);
 
     // Without an agent, what is missing waits for the next one.
     end_agents(&home, "-KILL");
     std::thread::scope(|scope| {
-        let read = scope.spawn(|| has_files(&home.join("at-there"), 1, 60));
+        let read = scope.spawn(|| has_files(&home.join("at-there"), 1, 3));
         std::thread::sleep(Duration::from_millis(300));
         // Whoever attaches a lazy clone makes sure that there is an agent.
-        sandbox.ok(&format!("clone {far} ./repo#e/r/first/data other"));
+        sandbox.ok(&format!("clone {far} {far_repo}#e/r/first/data other"));
         sandbox.ok(&format!("volume mount {far} other at-other"));
         assert!(read.join().unwrap());
     });
-    assert!(has_files(&home.join("at-other"), 2, 10));
     sandbox.fails("clone ./repo#e/r/first x --pool nowhere", 2, &["no pool"]);
-    sandbox.fails(&format!("clone {far} ./repo#e/r/first x"), 2, &["has 2 volumes"]);
+    sandbox.fails(&format!("clone {far} {repo}#e/r/first x"), 2, &["has 2 volumes"]);
 
-    // The snapshot goes, and the clone does not mind.
+    // The snapshot goes while most of its data is still there alone, and the clone does not mind.
+    way.limit(64 << 10);
     write_files(&home.join("at-there"), 3, 20);
-    sandbox.ok("rm ./repo#e/r/first");
-    sandbox.ok("gc ./repo --grace 0");
-    let hydrated = |sandbox: &mut Sandbox| {
-        wait_for("the last of the data", || {
-            sandbox.json(&format!("volume info {far} there"))["lazy"] == false
-        });
-    };
-    hydrated(&mut sandbox);
-    assert!(has_files(&home.join("at-there"), 1, 60) && has_files(&home.join("at-there"), 3, 20));
+    sandbox.ok(&format!("rm {repo}#e/r/first"));
+    sandbox.ok(&format!("gc {repo} --grace 0"));
+    assert_eq!(info(&mut sandbox, "there")["lazy"], true, "some of it has to come yet");
+    way.limit(0);
+    for volume in ["there", "other"] {
+        wait_for("the last of the data", || info(&mut sandbox, volume)["lazy"] == false);
+    }
+    assert!(has_files(&home.join("at-there"), 1, 100) && has_files(&home.join("at-there"), 3, 20));
+    assert!(has_files(&home.join("at-other"), 2, 10));
 
-    // A snapshot of the clone, brought back on the first machine.
-    sandbox.ok(&format!("volume snapshot {far} there ./repo#e/r --name second"));
-    sandbox.ok(&format!("mount {near} ./repo#e/r/second at-back"));
-    assert!(has_files(&home.join("at-back"), 1, 60) && has_files(&home.join("at-back"), 3, 20));
+    // Snapshots of the clone, the second one incremental, brought back on the first machine.
+    sandbox.ok(&format!("volume snapshot {far} there {far_repo}#e/r --name second"));
+    write_files(&home.join("at-there"), 4, 3);
+    let begun = Instant::now();
+    sandbox.ok(&format!("volume snapshot {far} there {far_repo}#e/r --name third --rate 1M"));
+    // All of it would take a minute and a half.
+    assert!(begun.elapsed() < Duration::from_secs(45), "{:?}", begun.elapsed());
+    sandbox.ok(&format!("mount {near} {repo}#e/r/third at-back"));
+    for (seed, count) in [(1, 100), (3, 20), (4, 3)] {
+        assert!(has_files(&home.join("at-back"), seed, count), "files {seed}");
+    }
     sandbox.ok(&format!("unmount {near} at-back"));
 
     // Attached again it needs no server, and the pins are gone with what needed them.
@@ -149,9 +178,9 @@ fn a_clone_on_another_machine_starts_before_its_data_is_there() {
         sandbox.ok(&format!("volume rm {far} {volume}"));
     }
     wait_for("the end of the pins", || {
-        fs::read_dir(home.join("repo/pins")).map_or(true, |mut pins| {
+        fs::read_dir(server.directory().join("repo/pins")).map_or(true, |mut pins| {
             pins.all(|owner| fs::read_dir(owner.unwrap().path()).map_or(true, |d| d.count() == 0))
         })
     });
-    sandbox.ok("verify ./repo --read-data");
+    sandbox.ok(&format!("verify {repo} --read-data"));
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 use petra_engine::RepositoryUrl;
+use petra_volume::volume::DEFAULT_PATIENCE;
 
 use crate::telemetry::Format;
 
@@ -27,6 +28,9 @@ pub struct Args {
     /// The most volumes that may be used on this node at a time; 0 for any number
     #[arg(long, value_name = "COUNT", default_value_t = 0)]
     pub max_volumes: u64,
+    /// For how many seconds a read of a lazy clone waits while its repository is away, before it fails
+    #[arg(long, value_name = "SECONDS", default_value_t = DEFAULT_PATIENCE.as_secs())]
+    pub patience: u64,
     /// The program petra [default: the one beside this program]
     #[arg(long, value_name = "FILE")]
     pub petra: Option<PathBuf>,

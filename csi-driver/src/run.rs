@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use petra_engine::Context;
@@ -161,12 +162,13 @@ impl Here {
         let at = args.pool.clone();
         let opened = tokio::task::spawn_blocking(move || Pool::open(&at, Arc::new(SystemHost)));
         let pool = opened.await??;
-        let local = LocalAgent::new(pool.clone(), name.clone(), &petra, args.max_volumes)?;
+        let patience = Duration::from_secs(args.patience);
+        let most = args.max_volumes;
+        let local = LocalAgent::new(pool.clone(), name.clone(), &petra, most, patience)?;
         local.start().await?;
         let clones = Arc::new(Clones { agent: local.clone(), repositories: repositories.clone() });
         let serving = local.serving().clone();
-        let (locks, most) = (Locks::default(), args.max_volumes);
-        let node = Node::new(pool.clone(), serving, name.clone(), locks, clones, most);
+        let node = Node::new(pool.clone(), serving, name.clone(), Locks::default(), clones, most);
         Ok(Self { name, pool, agent: Arc::new(local), node })
     }
 }

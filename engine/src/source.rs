@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use crate::error::{Error, Result};
 use crate::format::leaf::Extent;
 use crate::id::SnapshotId;
+use crate::name::Name;
 
 /// A volume to snapshot. Methods may block; they are called from worker threads.
 pub trait Source: Send + Sync + fmt::Debug {
@@ -36,6 +37,11 @@ pub trait Source: Send + Sync + fmt::Debug {
     /// outside of these ranges are certainly the same. `None` where that is not known, and all is read; with no ranges
     /// nothing is.
     fn changed(&self, _segment: Range<u64>, _parent: SnapshotId) -> Option<Vec<Range<u64>>> {
+        None
+    }
+
+    /// The volume of `parent` that [`changed`](Self::changed) compares with, if it is not the one of the same name.
+    fn parent_volume(&self, _parent: SnapshotId) -> Option<&Name> {
         None
     }
 

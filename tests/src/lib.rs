@@ -15,4 +15,5 @@ pub mod require;
 pub mod s3;
 pub mod scripted;
 pub mod simulated;
+pub mod slow;
 pub mod volume;

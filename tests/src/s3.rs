@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -153,6 +153,11 @@ impl InProcessS3 {
     /// How to reach it.
     pub fn access(&self) -> &Access {
         &self.access
+    }
+
+    /// Where the bucket's objects are, as files.
+    pub fn directory(&self) -> PathBuf {
+        self.dir.path().join(BUCKET)
     }
 }
 

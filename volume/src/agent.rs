@@ -28,19 +28,23 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::error::{Error, Result};
 use crate::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Connection, End, Room, serve};
+use crate::lazy::server::Inheritance;
 use crate::pool::lock::Lock;
 use crate::pool::pins::{self, blocking};
 use crate::pool::{LazyState, Pool};
+use crate::programs::Programs;
 use crate::snapshot;
 use crate::volume::served::SOCKET;
-use crate::volume::{Serving, Volume};
+use crate::volume::{DEFAULT_PATIENCE, Volume};
 
 /// How often is looked for what has to be done.
 const TICK: Duration = Duration::from_secs(60);
 /// An agent without work ends after this.
 const IDLE: Duration = Duration::from_secs(30);
-/// Between attempts to open a repository.
+/// Between attempts to do what failed.
 const RETRY: Duration = Duration::from_secs(1);
+/// Between attempts to open a repository that is away for longer: some take a second of work for a passphrase.
+const LAST_RETRY: Duration = Duration::from_secs(8);
 /// What is read in this time after a volume was first attached is what its mount needs.
 const MOUNT_TIME: Duration = Duration::from_secs(3);
 
@@ -62,7 +66,7 @@ pub struct Agent(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     pool: Pool,
-    serving: Serving,
+    programs: Programs,
     repositories: Arc<dyn Repositories>,
     ctx: Context,
 }
@@ -71,11 +75,11 @@ impl Agent {
     /// An agent. It uses `ctx` for everything that it does.
     pub fn new(
         pool: Pool,
-        serving: Serving,
+        programs: Programs,
         repositories: Arc<dyn Repositories>,
         ctx: Context,
     ) -> Self {
-        Self(Arc::new(Inner { pool, serving, repositories, ctx }))
+        Self(Arc::new(Inner { pool, programs, repositories, ctx }))
     }
 
     /// Works until it is cancelled or, if `until_idle`, there was nothing to do for a while. `ready` is called when image
@@ -92,6 +96,7 @@ impl Agent {
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut busy = Instant::now();
+        let mut settling: Option<AbortHandle> = None;
         let mut upload: Option<AbortHandle> = None;
         loop {
             tokio::select! {
@@ -105,8 +110,11 @@ impl Agent {
                     }
                 },
                 _ = ticks.tick() => {
-                    self.clone().settle_pins().await;
-                    if upload.as_ref().is_none_or(AbortHandle::is_finished) && self.has_uploads().await {
+                    // Not here: a repository that does not answer must keep no image server waiting.
+                    if is_over(&settling) {
+                        settling = Some(tasks.spawn(self.clone().settle_pins()));
+                    }
+                    if is_over(&upload) && self.has_uploads().await {
                         upload = Some(tasks.spawn(self.clone().upload()));
                     }
                 }
@@ -145,46 +153,93 @@ impl Agent {
     }
 
     async fn serve(&self, connection: Connection) -> Result<()> {
-        let inner = &self.0;
         let id = connection.volume();
         let (volume, lazy) = self.lazy_volume(id).await?;
-        let record = &lazy.volume;
-        record.validate().map_err(|error| Error::Damaged {
+        lazy.volume.validate().map_err(|error| Error::Damaged {
             path: volume.directory().join("volume.json"),
             detail: error.to_string(),
         })?;
-        let repo = self.open(&lazy.repository).await?;
-        let reader = VolumeReader::open(&repo, record, &inner.ctx)?;
-        let (sender, events) = mpsc::unbounded_channel();
-        let options = AgentOptions {
-            reader: Arc::new(reader),
-            start_list: lazy.start.as_ref().map(|list| list.ranges().to_vec()).unwrap_or_default(),
-            hydrate: !lazy.hydrated,
-            record_for: lazy.start.is_none().then_some(MOUNT_TIME),
-            room: Arc::new(inner.pool.clone()),
-            events: Arc::new(Events { object: object_of(&volume), happened: sender }),
-        };
-        let follow = self.follow(volume.clone(), lazy, repo, events);
-        let served = serve(connection, options, &inner.ctx.cancel);
-        // What was said last is still heard, since the sender goes with the first one.
-        let (end, ()) = futures::join!(served, follow);
-        match end? {
-            End::Unmounted | End::Disconnected => Ok(()),
-            End::Died(inherited) => {
-                let (reason, object) = ("ImageServerDied", object_of(&volume));
-                let note = "an image server died; a successor goes on";
-                tracing::warn!(target: EVENT, reason, object, "{note}");
-                let serving = inner.serving.clone();
-                blocking(move || {
-                    let locked = volume.lock()?;
-                    if !locked.state().wanted.attached {
-                        return Ok(());
-                    }
-                    let read_only = locked.state().wanted.read_only;
-                    locked.start_server(&serving, read_only, Some(inherited))
-                })
-                .await
+        let (sender, happened) = mpsc::unbounded_channel();
+        let events: Arc<dyn AgentEvents> =
+            Arc::new(Events { object: object_of(&volume), happened: sender });
+        let opened = if lazy.hydrated {
+            None
+        } else {
+            // However long that takes, a server that dies meanwhile has a successor.
+            tokio::select! {
+                opened = self.open(id, &lazy, &*events) => Some(opened?),
+                dead = connection.dead() => dead.map(|()| None)?,
             }
+        };
+        match opened {
+            Some((repo, reader)) => {
+                let options = AgentOptions {
+                    reader: Arc::new(reader),
+                    start_list: lazy
+                        .start
+                        .as_ref()
+                        .map(|list| list.ranges().to_vec())
+                        .unwrap_or_default(),
+                    hydrate: true,
+                    record_for: lazy.start.is_none().then_some(MOUNT_TIME),
+                    room: Arc::new(self.0.pool.clone()),
+                    // What was said last is still heard, since the sender goes with the first one.
+                    events,
+                };
+                let follow = self.follow(volume.clone(), lazy, repo, happened);
+                let served = async {
+                    let end = serve(connection, options, &self.0.ctx.cancel).await?;
+                    self.ended(end, &volume).await;
+                    Ok(())
+                };
+                // What follows may take long, and a successor must not wait for it.
+                futures::join!(served, follow).0
+            }
+            None => {
+                self.ended(connection.hold().await?, &volume).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Does what the end of a connection asks for.
+    async fn ended(&self, end: End, volume: &Volume) {
+        match end {
+            End::Unmounted | End::Disconnected => {}
+            End::Died(inherited) => self.replace_server(volume, inherited).await,
+        }
+    }
+
+    /// Starts successors of a dead server until one serves.
+    ///
+    /// Without the volume's lock: whoever has it may wait for the device, and so for the successor. What the lock would keep
+    /// out does no harm. A file system that is gone ends the successor, and two servers the lock of the presence map keeps
+    /// apart.
+    async fn replace_server(&self, volume: &Volume, inherited: Inheritance) {
+        let object = object_of(volume);
+        let event = |event: AgentEvent<'_>| tell(&object, event);
+        event(AgentEvent::ServerDied);
+        let begun = Instant::now();
+        // Who waits for longer than that wants an error.
+        let patience = volume.state().map_or(DEFAULT_PATIENCE, |state| state.wanted.patience());
+        loop {
+            let attempt = inherited.try_clone().map(|inherited| {
+                let (volume, programs) = (volume.clone(), self.0.programs.clone());
+                blocking(move || start_successor(&volume, &programs, inherited))
+            });
+            let error = match attempt {
+                Ok(attempt) => match attempt.await {
+                    Ok(true) => return event(AgentEvent::ServerReplaced),
+                    Ok(false) => return,
+                    Err(error) => error,
+                },
+                Err(error) => error,
+            };
+            if begun.elapsed() >= patience {
+                return event(AgentEvent::ServerLost { error: &error });
+            }
+            tracing::warn!(volume = %volume.name(), %error, "a successor could not be started");
+            sleep(RETRY).await;
         }
     }
 
@@ -210,24 +265,40 @@ impl Agent {
         .await
     }
 
-    /// Opens a repository, however long it is away.
-    async fn open(&self, url: &str) -> Result<Repository> {
-        let mut told = false;
+    /// Opens what a clone comes from, however long that can't be read: a person can mend whatever it is while the volume
+    /// waits.
+    async fn open(
+        &self,
+        id: SnapshotId,
+        lazy: &LazyState,
+        events: &dyn AgentEvents,
+    ) -> Result<(Repository, VolumeReader)> {
+        let mut pause = RETRY;
         loop {
-            match self.0.repositories.open(url).await {
-                Ok(repo) => return Ok(repo),
-                Err(error) if error.kind() == petra_engine::ErrorKind::Retry => {
-                    if !std::mem::replace(&mut told, true) {
-                        let reason = "RepositoryAway";
-                        tracing::warn!(target: EVENT, reason, object = url, %error, "it is tried again");
+            let opened: petra_engine::Result<_> = async {
+                let repo = self.0.repositories.open(&lazy.repository).await?;
+                let reader = VolumeReader::open(&repo, &lazy.volume, &self.0.ctx)?;
+                Ok((repo, reader))
+            }
+            .await;
+            match opened {
+                Ok(opened) => {
+                    if pause > RETRY {
+                        events.event(id, AgentEvent::StoreBack);
+                    }
+                    return Ok(opened);
+                }
+                Err(error) => {
+                    if pause == RETRY {
+                        events.event(id, AgentEvent::StoreAway { error: &error });
                     }
                 }
-                Err(error) => return Err(error.into()),
             }
             tokio::select! {
                 () = self.0.ctx.cancel.cancelled() => return Err(Error::Cancelled),
-                () = sleep(RETRY) => {}
+                () = sleep(pause) => {}
             }
+            pause = (pause * 2).min(LAST_RETRY);
         }
     }
 
@@ -310,7 +381,7 @@ impl Agent {
 
     /// Uploads what waits, unless someone is at it. In a process of its own, since idle priority is for good.
     async fn upload(self) {
-        let command = self.0.serving.programs.upload(&self.0.pool);
+        let command = self.0.programs.upload(&self.0.pool);
         match tokio::process::Command::from(command).status().await {
             Ok(status) if status.success() => {}
             Ok(status) => tracing::warn!(%status, "an upload failed; it is tried again"),
@@ -358,17 +429,17 @@ fn object_of(volume: &Volume) -> String {
     format!("{}/{}", volume.pool().state().id, volume.name())
 }
 
+impl Room for Pool {
+    fn is_short(&self) -> bool {
+        Self::is_short(self)
+    }
+}
+
 /// What an event is followed by.
 #[derive(Debug)]
 enum Happened {
     Recorded(Vec<std::ops::Range<u64>>),
     Hydrated,
-}
-
-impl Room for Pool {
-    fn is_short(&self) -> bool {
-        Self::is_short(self)
-    }
 }
 
 /// Writes events down, and passes on what has consequences.
@@ -380,50 +451,85 @@ struct Events {
 
 impl AgentEvents for Events {
     fn event(&self, _: SnapshotId, event: AgentEvent<'_>) {
-        let object = self.object.as_str();
-        let happened = match event {
-            AgentEvent::StoreAway { error } => {
-                let reason = "RepositoryAway";
-                tracing::warn!(target: EVENT, reason, object, %error, "what is missing waits");
-                return;
-            }
-            AgentEvent::StoreBack => {
-                let reason = "RepositoryBack";
-                tracing::info!(target: EVENT, reason, object, "the repository is back");
-                return;
-            }
-            AgentEvent::RoomShort => {
-                let reason = "PoolShort";
-                let note = "the pool is down to its reserve; only what is read is fetched";
-                tracing::warn!(target: EVENT, reason, object, "{note}");
-                return;
-            }
-            AgentEvent::FlushFailed => {
-                let reason = "CloneNotDurable";
-                let note = "what was fetched can't be made durable; it is tried again";
-                tracing::warn!(target: EVENT, reason, object, "{note}");
-                return;
-            }
-            AgentEvent::Damaged { range, error } => {
-                let reason = "CloneDamaged";
-                let note = "a part of a clone can't be read";
-                tracing::error!(target: EVENT, reason, object, ?range, %error, "{note}");
-                return;
-            }
-            AgentEvent::Incomplete { damaged_bytes } => {
-                let reason = "CloneIncomplete";
-                let note = "all data of a clone is here but what can't be read";
-                tracing::error!(target: EVENT, reason, object, damaged_bytes, "{note}");
-                return;
-            }
-            AgentEvent::Recorded { ranges } => Happened::Recorded(ranges.to_vec()),
-            AgentEvent::Hydrated => {
-                let reason = "CloneFilled";
-                tracing::info!(target: EVENT, reason, object, "all data of a clone is here");
-                Happened::Hydrated
-            }
+        let happened = match &event {
+            AgentEvent::Recorded { ranges } => Some(Happened::Recorded(ranges.to_vec())),
+            AgentEvent::Hydrated => Some(Happened::Hydrated),
+            _ => None,
         };
-        // Nobody follows any more: the agent ends.
-        let _ = self.happened.send(happened);
+        tell(&self.object, event);
+        if let Some(happened) = happened {
+            // Nobody follows any more: the agent ends.
+            let _ = self.happened.send(happened);
+        }
     }
+}
+
+/// Writes down what people should know of.
+fn tell(object: &str, event: AgentEvent<'_>) {
+    let (reason, note) = match &event {
+        AgentEvent::StoreAway { .. } => ("RepositoryAway", "what is missing waits"),
+        AgentEvent::StoreBack => ("RepositoryBack", "the repository is back"),
+        AgentEvent::RoomShort => {
+            ("PoolShort", "the pool is down to its reserve; only what is read is fetched")
+        }
+        AgentEvent::FlushFailed => {
+            ("CloneNotDurable", "what was fetched can't be made durable; it is tried again")
+        }
+        AgentEvent::Damaged { .. } => ("CloneDamaged", "a part of a clone can't be read"),
+        AgentEvent::Incomplete { .. } => {
+            ("CloneIncomplete", "all data of a clone is here but what can't be read")
+        }
+        AgentEvent::Hydrated => ("CloneFilled", "all data of a clone is here"),
+        AgentEvent::ServerDied => {
+            ("ImageServerDied", "an image server died; who uses it waits for a successor")
+        }
+        AgentEvent::ServerReplaced => {
+            ("ImageServerReplaced", "another image server goes on where the dead one was")
+        }
+        AgentEvent::ServerLost { .. } => (
+            "ImageServerLost",
+            "no image server could be started: reads and writes fail until it is attached anew",
+        ),
+        AgentEvent::Recorded { .. } => return,
+    };
+    match event {
+        AgentEvent::Damaged { range, error } => {
+            tracing::error!(target: EVENT, reason, object, ?range, %error, "{note}");
+        }
+        AgentEvent::Incomplete { damaged_bytes } => {
+            tracing::error!(target: EVENT, reason, object, damaged_bytes, "{note}");
+        }
+        AgentEvent::ServerLost { error } => {
+            tracing::error!(target: EVENT, reason, object, %error, "{note}");
+        }
+        AgentEvent::StoreAway { error } => {
+            tracing::warn!(target: EVENT, reason, object, %error, "{note}");
+        }
+        AgentEvent::RoomShort | AgentEvent::FlushFailed | AgentEvent::ServerDied => {
+            tracing::warn!(target: EVENT, reason, object, "{note}");
+        }
+        _ => tracing::info!(target: EVENT, reason, object, "{note}"),
+    }
+}
+
+/// Starts a successor if the volume needs one. Says whether it has one now.
+fn start_successor(volume: &Volume, programs: &Programs, inherited: Inheritance) -> Result<bool> {
+    let state = match volume.state() {
+        // Deleted meanwhile.
+        Err(Error::Unknown { .. }) => return Ok(false),
+        state => state?,
+    };
+    if !state.wanted.attached || !inherited.is_mounted() {
+        return Ok(false);
+    }
+    match volume.start_server(&state, programs, Some(inherited)) {
+        // Somebody was faster.
+        Err(_) if volume.has_server()? => Ok(true),
+        started => started.map(|()| true),
+    }
+}
+
+/// True where a task has ended, or never began.
+fn is_over(task: &Option<AbortHandle>) -> bool {
+    task.as_ref().is_none_or(AbortHandle::is_finished)
 }

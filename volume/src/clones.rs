@@ -9,7 +9,6 @@
 mod live;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::time::Duration;
 
 pub use live::{CopyRequest, copy};
@@ -20,11 +19,15 @@ use petra_engine::{Context, Name, Repository};
 
 use crate::error::{Error, Result};
 use crate::pool::pins::{self, blocking};
-use crate::pool::{Content, CreateRequest, Filesystem, LazyState, Pool};
+use crate::pool::{
+    BaseState, Content, CreateRequest, Filesystem, LARGEST_SECTOR_BYTES, LazyState, Pool,
+};
+use crate::snapshot::sector_bytes_of;
 use crate::volume::{LockedVolume, Volume};
 
-/// The device of a clone has the smallest blocks: whatever the volume was used with before works with them.
-const SECTOR_BYTES: u32 = 512;
+/// The blocks of a clone's device where nobody knows those of its origin: whatever was used before works with the
+/// smallest ones.
+const SMALLEST_SECTOR_BYTES: u32 = 512;
 
 /// How long a clone by reference waits for its turn: another one takes milliseconds.
 const REFERENCE_WAIT: Duration = Duration::from_secs(2);
@@ -132,16 +135,19 @@ async fn by_reference(
     let (pool, repository, request) = (pool.clone(), repo.config().id, request.clone());
     blocking(move || {
         for volume in pool.volumes()? {
-            let Some(copy) = copy_of(&volume, repository, &request) else { continue };
+            let Some(base) = base_of(&volume, repository, &request) else { continue };
             // Its lock keeps the copy where it is. A volume that is busy for long is no reason to wait: there is another way.
             let Ok(locked) = volume.lock_for(REFERENCE_WAIT) else { continue };
-            if copy_of(&volume, repository, &request).as_ref() != Some(&copy) {
+            if base_of(&volume, repository, &request).as_ref() != Some(&base) {
                 continue;
             }
             let sector_bytes = locked.state().sector_bytes;
             let filesystem = locked.state().filesystem;
+            let copy = volume.copy(base.copy);
             let mut create = create_request(&request, Content::CopyOf(copy))?;
             (create.sector_bytes, create.filesystem) = (sector_bytes, filesystem);
+            // Nobody takes a snapshot of what lives for one mount.
+            create.base = (!request.ephemeral).then_some(base);
             return pool.create(create).map(Some);
         }
         Ok(None)
@@ -149,28 +155,33 @@ async fn by_reference(
     .await
 }
 
-/// The copy of a volume that holds what is to be cloned. A volume that can't be read is not asked.
-fn copy_of(
+/// The base of a volume, if it holds what is to be cloned. A volume that can't be read is not asked.
+fn base_of(
     volume: &Volume,
     repository: petra_engine::SnapshotId,
     request: &CloneRequest,
-) -> Option<PathBuf> {
-    let base = volume.state().ok()?.base?;
-    let fits = base.repository == repository
-        && base.snapshot == request.snapshot.id
-        && base.volume == request.volume.name;
-    fits.then(|| volume.copy(base.copy))
+) -> Option<BaseState> {
+    let fits = |base: &BaseState| {
+        base.repository == repository
+            && base.snapshot == request.snapshot.id
+            && base.volume == request.volume.name
+    };
+    volume.state().ok()?.base.filter(fits)
 }
 
 fn create_request(request: &CloneRequest, content: Content) -> Result<CreateRequest> {
     let size_bytes = request.len_bytes()?;
+    let sector_bytes = sector_bytes_of(&request.snapshot).filter(|sector_bytes| {
+        *sector_bytes == LARGEST_SECTOR_BYTES && size_bytes.is_multiple_of((*sector_bytes).into())
+    });
     Ok(CreateRequest {
         name: request.name.clone(),
         size_bytes,
-        sector_bytes: SECTOR_BYTES,
+        sector_bytes: sector_bytes.unwrap_or(SMALLEST_SECTOR_BYTES),
         // What it holds shows when it is mounted.
         filesystem: Filesystem::Raw,
         content,
+        base: None,
         origin: Some(request.origin.clone()),
         lazy: None,
         ephemeral: request.ephemeral,

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use memmap2::MmapMut;
 use petra_engine::source::{FileSource, Source};
-use petra_engine::{Error as EngineError, Result as EngineResult, SnapshotId};
+use petra_engine::{Error as EngineError, Name, Result as EngineResult, SnapshotId};
 use rustix::fs::{Advice, OFlags, fadvise};
 
 use crate::error::{Error, Result};
@@ -50,6 +50,7 @@ struct Base {
     path: PathBuf,
     len_bytes: u64,
     snapshot: SnapshotId,
+    volume: Name,
 }
 
 impl CopySource {
@@ -71,12 +72,12 @@ impl CopySource {
         })
     }
 
-    /// Compares with an older copy of the same image, which was stored as `snapshot`. Both must stay as they are, and
-    /// be on one file system, for as long as this is used.
-    pub fn with_base(mut self, path: &Path, snapshot: SnapshotId) -> Result<Self> {
+    /// Compares with an older copy of the same image, which was stored as `volume` of `snapshot`. Both must stay as they
+    /// are, and be on one file system, for as long as this is used.
+    pub fn with_base(mut self, path: &Path, snapshot: SnapshotId, volume: Name) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let len_bytes = file.metadata().map_err(Error::io("read the size of", path))?.len();
-        self.base = Some(Base { file, path: path.to_owned(), len_bytes, snapshot });
+        self.base = Some(Base { file, path: path.to_owned(), len_bytes, snapshot, volume });
         Ok(self)
     }
 
@@ -203,6 +204,10 @@ impl Source for CopySource {
                 None
             }
         }
+    }
+
+    fn parent_volume(&self, parent: SnapshotId) -> Option<&Name> {
+        self.base.as_ref().filter(|base| base.snapshot == parent).map(|base| &base.volume)
     }
 
     fn check_unchanged(&self) -> EngineResult<()> {

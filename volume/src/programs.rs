@@ -55,14 +55,17 @@ impl Programs {
         &self.program
     }
 
-    /// Starts an image server, or a successor of one, and waits until its file can be used. Its log goes to `log`.
+    /// Starts an image server, or a successor of one, and waits until its file can be used. Its log goes to `log`. It
+    /// starts the pool's agent whenever there is none.
     pub fn start_image_server(
         &self,
+        pool: &Pool,
         options: &ServerOptions,
         inherited: Option<Inheritance>,
         log: &Path,
     ) -> Result<()> {
         let mut args = vec![OsString::from("image-server")];
+        args.extend(["--pool".into(), pool.root().as_os_str().to_owned()]);
         args.extend(server_args(options));
         let mut stdin = Stdio::null();
         if let Some(Inheritance { device, negotiated }) = inherited {

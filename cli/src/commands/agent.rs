@@ -26,7 +26,7 @@ impl Agent {
         let pool = self.pool.open_to_change(session)?;
         let ctx = Context { cancel: session.cancel.clone(), ..Context::default() };
         let repositories = node::repositories(session)?;
-        let agent = PoolAgent::new(pool, node::serving(session)?, repositories, ctx);
+        let agent = PoolAgent::new(pool, node::programs(session)?, repositories, ctx);
         Ok(agent.run(self.until_idle, ready).await?)
     }
 }

@@ -12,9 +12,10 @@ use serde::Serialize;
 
 use super::pool::PoolOption;
 use crate::failure::Failure;
+use crate::lookup;
+use crate::node::{self, Patience};
 use crate::session::Session;
 use crate::text::{bytes, quoted};
-use crate::{lookup, node};
 
 /// Options of `petra clone`.
 #[derive(Debug, clap::Args)]
@@ -43,6 +44,8 @@ pub struct Mount {
     /// Let nobody write to it
     #[arg(long)]
     read_only: bool,
+    #[command(flatten)]
+    patience: Patience,
 }
 
 /// Options of `petra unmount`.
@@ -90,7 +93,7 @@ impl Mount {
         let pool = self.pool.open_to_change(session)?;
         let name = Name::new("volume", format!("mount-{}", SystemHost.new_id()))?;
         let made = make(session, &pool, &self.url, name, true).await?;
-        let serving = node::serving(session)?;
+        let serving = node::serving(session, self.patience)?;
         let mounted = made.volume.lock().and_then(|mut locked| {
             locked.attach_served(&serving, self.read_only)?;
             locked.mount(&self.directory, self.read_only)

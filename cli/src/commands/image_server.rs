@@ -2,15 +2,26 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use petra_engine::SnapshotId;
+use petra_engine::context::SystemHost;
+use petra_volume::Pool;
 use petra_volume::fuse::Negotiated;
 use petra_volume::lazy::presence::VolumeIdentity;
 use petra_volume::lazy::server::{Inheritance, Server, ServerOptions};
+use petra_volume::programs::Programs;
+use tokio::net::UnixStream;
+use tokio::task::spawn_blocking;
 
 use crate::failure::{Exit, Failure};
+use crate::node::{self, Patience};
 use crate::session::Session;
+
+/// How often is looked whether there is an agent. The second time that there is none one is started: a service manager
+/// that starts its own one again is faster.
+const LOOK: Duration = Duration::from_secs(15);
 
 /// Options of `petra image-server`.
 #[derive(Debug, clap::Args)]
@@ -21,6 +32,9 @@ pub struct ImageServer {
     /// The volume's length in bytes
     #[arg(long, value_name = "BYTES")]
     length: u64,
+    /// The pool that it is in, whose agent is started where there is none
+    #[arg(long, value_name = "DIR")]
+    pool: PathBuf,
     /// The local image
     #[arg(long, value_name = "FILE")]
     image: PathBuf,
@@ -42,9 +56,8 @@ pub struct ImageServer {
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
-    /// How many seconds a read waits for absent data
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    patience: u64,
+    #[command(flatten)]
+    patience: Patience,
     /// Go on where a dead image server was, with its FUSE descriptor as standard input
     #[arg(long, value_name = "AGREED")]
     resume: Option<Negotiated>,
@@ -59,10 +72,10 @@ impl ImageServer {
             presence: self.presence,
             working: self.working,
             mount: self.mount,
-            socket: self.agent,
+            socket: self.agent.clone(),
             direct: self.direct,
             read_only: self.read_only,
-            patience: Duration::from_secs(self.patience),
+            patience: self.patience.into(),
             // While one waits for the disk, others go on.
             threads: (2 * threads).clamp(4, 16),
         };
@@ -75,7 +88,7 @@ impl ImageServer {
                 Some(Inheritance { device, negotiated })
             }
         };
-        let server = std::sync::Arc::new(Server::start(&options, inherited)?);
+        let server = Arc::new(Server::start(&options, inherited)?);
         // Whoever started this waits for the line.
         session.out.report(&"ready", || "ready\n".to_owned())?;
         let serving = {
@@ -85,6 +98,7 @@ impl ImageServer {
             std::thread::spawn(move || done.send(server.run()));
             ended
         };
+        tokio::spawn(keep_agent(node::programs(session)?, self.pool, self.agent));
         tokio::select! {
             ended = serving => {
                 let died = |_| Failure::new(Exit::Internal, "the image server's thread died");
@@ -95,6 +109,28 @@ impl ImageServer {
                 server.flush()?;
                 Ok(())
             }
+        }
+    }
+}
+
+/// Sees to it that there is an agent: one that was killed is missed by nobody else before somebody attaches a volume.
+async fn keep_agent(programs: Programs, pool: PathBuf, socket: PathBuf) {
+    let mut missed = 0;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let is_there = UnixStream::connect(&socket).await.is_ok();
+        missed = if is_there { 0 } else { missed + 1 };
+        if missed < 2 {
+            continue;
+        }
+        let (programs, pool) = (programs.clone(), pool.clone());
+        let started = spawn_blocking(move || {
+            programs.ensure_agent(&Pool::open(&pool, Arc::new(SystemHost))?)
+        });
+        match started.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the pool has no agent, and none starts"),
+            Err(error) => tracing::warn!(%error, "the pool has no agent"),
         }
     }
 }

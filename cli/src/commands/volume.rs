@@ -14,7 +14,7 @@ use super::clone;
 use super::pool::PoolOption;
 use super::volume_snapshot;
 use crate::failure::Failure;
-use crate::node;
+use crate::node::{self, Patience};
 use crate::session::Session;
 use crate::text::{Fields, Side, Table, bytes, quoted, size, time};
 
@@ -55,6 +55,8 @@ enum Action {
         /// Let nobody write to it
         #[arg(long)]
         read_only: bool,
+        #[command(flatten)]
+        patience: Patience,
     },
     /// Take a volume's block device away
     Detach(Named),
@@ -68,6 +70,8 @@ enum Action {
         /// Let nobody write to it
         #[arg(long)]
         read_only: bool,
+        #[command(flatten)]
+        patience: Patience,
     },
     /// Unmount a volume and detach it
     Unmount(Named),
@@ -207,9 +211,10 @@ impl Volume {
             }
             Action::Ls { pool } => list(&pool, session),
             Action::Info(volume) => info(&volume.find()?, session),
-            Action::Attach { volume, read_only } => {
+            Action::Attach { volume, read_only, patience } => {
                 let mut locked = volume.lock(session)?;
-                let attachment = locked.attach_served(&node::serving(session)?, read_only)?;
+                let serving = node::serving(session, patience)?;
+                let attachment = locked.attach_served(&serving, read_only)?;
                 report(locked.volume(), session, |_| format!("{}\n", attachment.device.display()))
             }
             Action::Detach(volume) => {
@@ -217,9 +222,9 @@ impl Volume {
                 locked.detach()?;
                 report(locked.volume(), session, |_| String::new())
             }
-            Action::Mount { volume, directory, read_only } => {
+            Action::Mount { volume, directory, read_only, patience } => {
                 let mut locked = volume.lock(session)?;
-                locked.attach_served(&node::serving(session)?, read_only)?;
+                locked.attach_served(&node::serving(session, patience)?, read_only)?;
                 locked.mount(&directory, read_only)?;
                 report(locked.volume(), session, |_| String::new())
             }

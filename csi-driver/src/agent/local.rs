@@ -42,8 +42,6 @@ use crate::proto::agent::DeleteVolumeRequest;
 use crate::repositories::Secrets;
 use volumes::ROUND_BYTES;
 
-/// How long a read of a lazy clone waits for a repository that is away.
-const PATIENCE: Duration = Duration::from_secs(600);
 /// How often is looked for what was left undone.
 const TICK: Duration = Duration::from_secs(60);
 /// Uploads at one time. Each is a process of its own, with some hundred MiB of memory.
@@ -71,12 +69,14 @@ struct Inner {
 
 impl LocalAgent {
     /// The agent of a pool on the node of this name. `petra` is the program that helper processes run.
-    /// No more than `most_volumes` are published at a time; 0 for any number.
+    /// No more than `most_volumes` are published at a time; 0 for any number. A read of a lazy clone waits for `patience`
+    /// while its repository is away.
     pub fn new(
         pool: Pool,
         node: impl Into<String>,
         petra: &Path,
         most_volumes: u64,
+        patience: Duration,
     ) -> Result<Self, Status> {
         let secrets =
             SecretsDirectory::new(pool.run_directory().map_err(of_volume)?.join("secrets"));
@@ -84,7 +84,7 @@ impl LocalAgent {
         Ok(Self(Arc::new(Inner {
             node: node.into(),
             most_volumes,
-            serving: Serving { programs: Programs::new(petra, options), patience: PATIENCE },
+            serving: Serving { programs: Programs::new(petra, options), patience },
             guard: GuardCommand::new(petra, ["freeze-guard"]),
             pool,
             secrets,

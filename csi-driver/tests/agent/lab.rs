@@ -19,6 +19,7 @@ use petra_tests::lab::{context, init, key};
 use petra_tests::pool::{TestPool, volume_name};
 use petra_tests::require;
 use petra_volume::snapshot::{MAX_ATTEMPTS, resolve};
+use petra_volume::volume::DEFAULT_PATIENCE;
 use petra_volume::{BackendKind, Volume};
 
 pub const MIB: u64 = 1 << 20;
@@ -38,14 +39,16 @@ impl Node {
     pub fn new(kind: BackendKind) -> Option<Self> {
         let petra = petra()?;
         let pool = TestPool::new(kind)?;
-        let agent = LocalAgent::new(pool.pool.clone(), "here", &petra, 0).unwrap();
+        let agent =
+            LocalAgent::new(pool.pool.clone(), "here", &petra, 0, DEFAULT_PATIENCE).unwrap();
         let run = pool.pool.run_directory().unwrap();
         Some(Self { agent, run, pool })
     }
 
     /// As after a restart of the driver.
     pub fn restarted(&self) -> LocalAgent {
-        LocalAgent::new(self.pool.reopened(), "here", &petra().unwrap(), 0).unwrap()
+        LocalAgent::new(self.pool.reopened(), "here", &petra().unwrap(), 0, DEFAULT_PATIENCE)
+            .unwrap()
     }
 
     pub fn volume(&self, name: &str) -> Volume {

@@ -67,40 +67,79 @@ impl Damage {
     ) -> Result<Self> {
         let mut found = Self::default();
         let mut seen = HashSet::new();
-        for (_, volume) in volumes(records) {
-            for node in tree::segments(repo, volume, ctx).await?.unreadable {
-                let (_, detail) = describe(&node.error);
-                found.block(BlockKind::Node, node.node, detail);
+        for record in records {
+            let (mut of_record, mut fresh) = (Self::default(), HashSet::new());
+            for volume in &record.volumes {
+                of_record.find_in(repo, volume, &seen, &mut fresh, ctx).await?;
             }
-            let sink: Arc<dyn Sink> = Arc::new(Nowhere);
-            let mut walk = Restore::begin(repo, volume, sink, true, ctx).await?;
-            for mut batch in walk.batches() {
-                batch.retain(|(_, child)| match child {
-                    Child::Zero => false,
-                    Child::Block(block) => seen.insert((block.pack, block.offset)),
-                });
-                let children: BTreeMap<usize, Child> = batch.iter().copied().collect();
-                let mut leaves = Vec::with_capacity(batch.len());
-                for (segment, leaf) in walk.leaves(batch).await? {
-                    match (leaf, children.get(&segment)) {
-                        (Err(error), Some(Child::Block(block))) if error.is_unreadable() => {
-                            found.block(BlockKind::Leaf, *block, describe(&error).1);
-                        }
-                        (leaf, _) => leaves.push((segment, leaf)),
-                    }
-                }
-                walk.write(leaves).await?;
-                for (detail, (frame, placements)) in walk.take_losses() {
-                    found.details.entry(frame.pack).or_insert(detail);
-                    for placement in placements {
-                        let chunk = found.chunks.entry(placement.id).or_default();
-                        chunk.len = placement.len;
-                        chunk.places.insert((frame.pack, frame.offset, placement.offset));
-                    }
-                }
+            // A snapshot that was purged under way may have lost its data, which is no damage; what others share with it
+            // is looked at with them.
+            if of_record.is_empty() || !repo.is_purged(record.id).await? {
+                found.add(of_record);
+                seen.extend(fresh);
             }
         }
         Ok(found)
+    }
+
+    /// Reads what a volume refers to, but for the leaves that were seen before, and notes those that it sees.
+    async fn find_in(
+        &mut self,
+        repo: &Repository,
+        volume: &VolumeRecord,
+        seen: &HashSet<(PackId, u32)>,
+        fresh: &mut HashSet<(PackId, u32)>,
+        ctx: &Context,
+    ) -> Result<()> {
+        for node in tree::segments(repo, volume, ctx).await?.unreadable {
+            let (_, detail) = describe(&node.error);
+            self.block(BlockKind::Node, node.node, detail);
+        }
+        let sink: Arc<dyn Sink> = Arc::new(Nowhere);
+        let mut walk = Restore::begin(repo, volume, sink, true, ctx).await?;
+        for mut batch in walk.batches() {
+            batch.retain(|(_, child)| match child {
+                Child::Zero => false,
+                Child::Block(block) => {
+                    let place = (block.pack, block.offset);
+                    !seen.contains(&place) && fresh.insert(place)
+                }
+            });
+            let children: BTreeMap<usize, Child> = batch.iter().copied().collect();
+            let mut leaves = Vec::with_capacity(batch.len());
+            for (segment, leaf) in walk.leaves(batch).await? {
+                match (leaf, children.get(&segment)) {
+                    (Err(error), Some(Child::Block(block))) if error.is_unreadable() => {
+                        self.block(BlockKind::Leaf, *block, describe(&error).1);
+                    }
+                    (leaf, _) => leaves.push((segment, leaf)),
+                }
+            }
+            walk.write(leaves).await?;
+            for (detail, (frame, placements)) in walk.take_losses() {
+                self.details.entry(frame.pack).or_insert(detail);
+                for placement in placements {
+                    let chunk = self.chunks.entry(placement.id).or_default();
+                    chunk.len = placement.len;
+                    chunk.places.insert((frame.pack, frame.offset, placement.offset));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, other: Self) {
+        for (id, lost) in other.chunks {
+            let chunk = self.chunks.entry(id).or_default();
+            chunk.len = lost.len;
+            chunk.places.extend(lost.places);
+        }
+        for (place, lost) in other.blocks {
+            self.blocks.entry(place).or_insert(lost);
+        }
+        for (pack, detail) in other.details {
+            self.details.entry(pack).or_insert(detail);
+        }
     }
 
     fn block(&mut self, kind: BlockKind, block: BlockRef, detail: String) {
@@ -182,6 +221,7 @@ impl Damage {
     ) -> Result<Vec<Problem>> {
         let mut problems: BTreeMap<PackId, Vec<Affected>> = BTreeMap::new();
         for record in records {
+            let mut of_record = Vec::new();
             for volume in &record.volumes {
                 let mut hit: BTreeMap<PackId, Vec<std::ops::Range<u64>>> = BTreeMap::new();
                 let segments = tree::segments(repo, volume, ctx).await?;
@@ -204,15 +244,22 @@ impl Damage {
                     }
                 })
                 .await?;
-                for (pack, ranges) in hit {
-                    problems.entry(pack).or_default().push(Affected {
+                of_record.extend(hit.into_iter().map(|(pack, ranges)| {
+                    let affected = Affected {
                         snapshot: record.id,
                         experiment: record.experiment.clone(),
                         run: record.run.clone(),
                         volume: volume.name.clone(),
                         ranges: join(ranges),
-                    });
-                }
+                    };
+                    (pack, affected)
+                }));
+            }
+            if !of_record.is_empty() && repo.is_purged(record.id).await? {
+                continue;
+            }
+            for (pack, affected) in of_record {
+                problems.entry(pack).or_default().push(affected);
             }
         }
         let problem = |(pack, affected)| Problem {

@@ -173,6 +173,11 @@ async fn relatives(repo: &Repository, request: &SnapshotRequest) -> Result<Vec<S
     Ok(all)
 }
 
+/// The name of the parent's volume that a source is compared with.
+fn compared_with<'a>(parent: &SnapshotRecord, name: &'a Name, source: &'a dyn Source) -> &'a Name {
+    source.parent_volume(parent.id).unwrap_or(name)
+}
+
 async fn write(
     repo: &Repository,
     request: &SnapshotRequest,
@@ -198,7 +203,10 @@ async fn write(
     let mut volumes = Vec::with_capacity(request.volumes.len());
     let mut budget = ctx.limits.index_chunks / 2;
     for (name, source) in &request.volumes {
-        let before = parent.and_then(|parent| Some((parent.id, parent.volume(name)?)));
+        let before = parent.and_then(|parent| {
+            let name = compared_with(parent, name, &**source);
+            Some((parent.id, parent.volume(name)?))
+        });
         let job =
             VolumeJob::prepare(repo, source.clone(), before, &known, &mut budget, ctx).await?;
         volumes.push(job);
@@ -206,8 +214,11 @@ async fn write(
     for record in &witnesses {
         let is_parent = parent.is_some_and(|parent| parent.id == record.id);
         for volume in &record.volumes {
-            let is_prepared =
-                is_parent && request.volumes.iter().any(|(name, _)| *name == volume.name);
+            let is_prepared = is_parent
+                && request
+                    .volumes
+                    .iter()
+                    .any(|(name, source)| *compared_with(record, name, &**source) == volume.name);
             if budget > 0 && !is_prepared {
                 let leaves = tree::segments(repo, volume, ctx).await?.leaves;
                 preload(repo, volume.len_bytes, &leaves, &known, &mut budget, ctx).await?;

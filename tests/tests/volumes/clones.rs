@@ -2,11 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use petra_engine::record::SnapshotRecord;
+use petra_engine::restore::{RestoreOptions, restore};
 use petra_engine::store::MemoryStore;
+use petra_engine::target::FileTarget;
 use petra_engine::{ErrorKind, Name};
 use petra_tests::lab::{context, init};
 use petra_tests::pool::{TestPool, hash, volume_name};
@@ -14,7 +18,7 @@ use petra_tests::volume::noise;
 use petra_volume::clones::{self, CloneRequest, CopyRequest, How};
 use petra_volume::freeze::GuardCommand;
 use petra_volume::pool::Filesystem;
-use petra_volume::snapshot::take;
+use petra_volume::snapshot::{GroupRequest, take};
 use petra_volume::{BackendKind, Error, Volume};
 
 use super::snapshot::group;
@@ -112,6 +116,66 @@ fn a_copy_of_a_volume_may_be_larger_but_not_smaller() {
     }
 }
 
+/// A clone by reference has a base of its own: nothing but what was written to it is read, whatever it is called, also when
+/// the volume that it was made from is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_snapshot_of_a_clone_by_reference_is_incremental() {
+    const RATE: u64 = 2 * MIB;
+    for kind in [BackendKind::Btrfs, BackendKind::Xfs] {
+        let Some(lab) = TestPool::new(kind) else { return };
+        let source = lab.create("source", 64 * MIB, Filesystem::Raw);
+        let image = fs::OpenOptions::new().write(true).open(source.image()).unwrap();
+        image.write_all_at(&noise(1, 64 << 20), 0).unwrap();
+        let repo = init(Arc::new(MemoryStore::new())).await;
+        let mut taken = take(&lab.pool, &group(&[&source])).unwrap();
+        let snapshot = taken.upload.run(&repo, &context()).await.unwrap();
+        let request = clone_request("other", &snapshot);
+        let (clone, how) = clones::clone(&lab.pool, &repo, &request, &context()).await.unwrap();
+        assert_eq!(how, How::Reference);
+        source.lock().unwrap().delete(true).unwrap();
+        lab.pool.recover().unwrap();
+
+        let image = fs::OpenOptions::new().write(true).open(clone.image()).unwrap();
+        image.write_all_at(&noise(2, 1 << 20), 20 * MIB).unwrap();
+        drop(image);
+        let slow = GroupRequest { rate_bytes_per_s: Some(RATE), ..group(&[&clone]) };
+        let mut taken = take(&lab.pool, &slow).unwrap();
+        let copy = hash(&clone.copy_image(taken.upload.state().volumes[0].copy));
+        let begun = Instant::now();
+        let second = taken.upload.run(&repo, &context()).await.unwrap();
+        // All of it would take half a minute.
+        assert!(begun.elapsed() < Duration::from_secs(12), "{kind}: {:?}", begun.elapsed());
+        assert_eq!(second.parent, Some(snapshot.id));
+        let restored = lab.path("restored");
+        let target = FileTarget::create(&restored, 64 * MIB).unwrap();
+        let options = RestoreOptions::default();
+        restore(&repo, &second.volumes[0], target, &options, &context()).await.unwrap();
+        assert_eq!(hash(&restored), copy, "{kind}");
+        assert_eq!(copies(&clone), 1, "the base before is gone");
+        clone.lock().unwrap().delete(true).unwrap();
+
+        // What lives for one mount needs none.
+        let ephemeral = CloneRequest { ephemeral: true, ..clone_request("x", &snapshot) };
+        let (lazy, _) = clones::clone(&lab.pool, &repo, &ephemeral, &context()).await.unwrap();
+        assert_eq!(copies(&lazy), 0);
+    }
+}
+
+/// A clone of the only volume of a snapshot.
+fn clone_request(name: &str, snapshot: &SnapshotRecord) -> CloneRequest {
+    CloneRequest {
+        name: volume_name(name),
+        volume: snapshot.volumes[0].clone(),
+        snapshot: snapshot.clone(),
+        repository: "memory".to_owned(),
+        origin: "memory#e/r/s".to_owned(),
+        ephemeral: false,
+        held: false,
+        size_bytes: None,
+        metadata: BTreeMap::from([("key".to_owned(), "value".to_owned())]),
+    }
+}
+
 /// A clone by reference and a lazy one, both larger than the snapshot.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clones_of_a_snapshot_may_be_larger() {
@@ -121,17 +185,8 @@ async fn clones_of_a_snapshot_may_be_larger() {
     let repo = init(Arc::new(MemoryStore::new())).await;
     let mut taken = take(&lab.pool, &group(&[&source])).unwrap();
     let snapshot = taken.upload.run(&repo, &context()).await.unwrap();
-    let request = |name: &str, size_bytes| CloneRequest {
-        name: volume_name(name),
-        volume: snapshot.volumes[0].clone(),
-        snapshot: snapshot.clone(),
-        repository: "memory".to_owned(),
-        origin: "memory#e/r/s".to_owned(),
-        ephemeral: false,
-        held: false,
-        size_bytes,
-        metadata: BTreeMap::from([("key".to_owned(), "value".to_owned())]),
-    };
+    let request =
+        |name: &str, size_bytes| CloneRequest { size_bytes, ..clone_request(name, &snapshot) };
     for (pool, expected) in [(&lab.pool, How::Reference), (&other.pool, How::Lazy)] {
         let larger = request("larger", Some(300 * MIB));
         let (volume, how) = clones::clone(pool, &repo, &larger, &context()).await.unwrap();
@@ -139,7 +194,14 @@ async fn clones_of_a_snapshot_may_be_larger() {
         let state = volume.state().unwrap();
         assert_eq!((state.size_bytes, state.grow_filesystem), (300 * MIB, true));
         assert_eq!(state.metadata, larger.metadata);
+        assert_eq!(state.sector_bytes, 4096, "as the volume had");
         assert_eq!(fs::metadata(volume.image()).unwrap().len(), 300 * MIB);
+        let odd = request("odd", Some(64 * MIB + 512));
+        let odd = clones::clone(pool, &repo, &odd, &context()).await;
+        match expected {
+            How::Lazy => assert_eq!(odd.unwrap().0.state().unwrap().sector_bytes, 512),
+            How::Reference => assert_eq!(odd.unwrap_err().kind(), ErrorKind::Fix),
+        }
         let (same, _) =
             clones::clone(pool, &repo, &request("same", None), &context()).await.unwrap();
         let state = same.state().unwrap();

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
+use petra_tests::lazy::wait_until;
 use petra_tests::pool::{TestPool, hash};
 use petra_volume::pool::Filesystem;
 use rustix::fs::{FallocateFlags, OFlags};
@@ -36,6 +37,21 @@ fn numbers(image: &Path) -> Vec<u64> {
     let bytes = fs::read(image).unwrap();
     let first = |block: &[u8]| u64::from_le_bytes(block[..8].try_into().unwrap());
     bytes.chunks(BLOCK).map(first).collect()
+}
+
+/// The hash of what is on the disk: the page cache is not asked.
+fn hash_on_disk(path: &Path) -> blake3::Hash {
+    let direct = OFlags::DIRECT.bits().cast_signed();
+    let image = File::options().read(true).custom_flags(direct).open(path).unwrap();
+    let mut hasher = blake3::Hasher::new();
+    let mut memory = vec![0; MIB as usize + BLOCK];
+    let from = memory.as_ptr().align_offset(BLOCK);
+    let buffer = &mut memory[from..from + MIB as usize];
+    for at in 0..image.metadata().unwrap().len() / MIB {
+        image.read_exact_at(buffer, at * MIB).unwrap();
+        hasher.update(buffer);
+    }
+    hasher.finalize()
 }
 
 /// Sets a flag when it is dropped, also by a panic.
@@ -128,25 +144,83 @@ fn a_copy_never_changes() {
             for (id, first) in &taken {
                 assert_eq!(hash(&volume.copy_image(*id)), *first, "{kind}");
             }
-            // The page cache is not asked: what is on the disk counts.
             rustix::fs::syncfs(File::open(lab.pool.root()).unwrap()).unwrap();
             for (id, first) in taken {
-                let mut hasher = blake3::Hasher::new();
-                let image = File::options()
-                    .read(true)
-                    .custom_flags(OFlags::DIRECT.bits().cast_signed())
-                    .open(volume.copy_image(id))
-                    .unwrap();
-                let mut block = Block([0; BLOCK]);
-                for at in 0..64 * MIB / BLOCK as u64 {
-                    image.read_exact_at(&mut block.0, at * BLOCK as u64).unwrap();
-                    hasher.update(&block.0);
-                }
-                assert_eq!(hasher.finalize(), first, "{kind}");
+                assert_eq!(hash_on_disk(&volume.copy_image(id)), first, "{kind}");
                 assert!(File::options().write(true).open(volume.copy_image(id)).is_err(), "{kind}");
             }
         });
         locked.detach().unwrap();
+    }
+}
+
+/// Writers with direct I/O that a freeze stops in the midst of what they do, and that go on when it ends.
+#[test]
+fn a_copy_under_a_freeze_never_changes() {
+    const FILE_BYTES: u64 = 16 * MIB;
+    for kind in BACKENDS {
+        let Some(lab) = TestPool::new(kind) else { return };
+        for (filesystem, size_bytes) in [(Filesystem::Ext4, 48 * MIB), (Filesystem::Xfs, 300 * MIB)]
+        {
+            let volume = lab.create(filesystem.as_str(), size_bytes, filesystem);
+            let at = lab.path(filesystem.as_str());
+            let mut locked = volume.lock().unwrap();
+            locked.mount(&at, false).unwrap();
+            write(&at.join("file"), &vec![1; FILE_BYTES as usize]);
+            let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
+            std::thread::scope(|scope| {
+                for seed in 0..4 {
+                    let (at, stop, written) = (&at, &stop, &written);
+                    scope.spawn(move || {
+                        let mut random = fastrand::Rng::with_seed(seed);
+                        let file = open_direct(&at.join("file"));
+                        while !stop.load(Ordering::Relaxed) {
+                            let block = random.u64(..FILE_BYTES / BLOCK as u64);
+                            let bytes = block_of(random.u64(..));
+                            file.write_all_at(&bytes.0, block * BLOCK as u64).unwrap();
+                            written.fetch_add(1, Ordering::Relaxed);
+                        }
+                    });
+                }
+                let _stop = Stop(&stop);
+                let freeze = |how: &str| {
+                    let mut freeze = std::process::Command::new("fsfreeze");
+                    assert!(freeze.arg(how).arg(&at).status().unwrap().success());
+                };
+                let wait_for_writes = || {
+                    let before = written.load(Ordering::Relaxed);
+                    wait_until("writes", || written.load(Ordering::Relaxed) > before + 40);
+                };
+                let mut taken = vec![];
+                for _ in 0..4 {
+                    wait_for_writes();
+                    let mut pending = locked.begin_copy().unwrap();
+                    wait_for_writes();
+                    freeze("--freeze");
+                    let frozen = written.load(Ordering::Relaxed);
+                    let finished = pending.finish();
+                    // One for each writer may have ended before the freeze, and be counted after it.
+                    let during = written.load(Ordering::Relaxed) - frozen;
+                    freeze("--unfreeze");
+                    finished.unwrap();
+                    assert!(during <= 4, "{during} writes in a freeze");
+                    let id = locked.keep_copy(pending, |_| {}).unwrap();
+                    let first = hash_on_disk(&volume.copy_image(id));
+                    taken.push((id, first));
+                    wait_for_writes();
+                    assert_eq!(hash(&volume.copy_image(id)), first, "{kind} {filesystem}");
+                }
+                wait_for_writes();
+                rustix::fs::syncfs(File::open(lab.pool.root()).unwrap()).unwrap();
+                for (id, first) in &taken {
+                    let image = volume.copy_image(*id);
+                    assert_eq!(hash_on_disk(&image), *first, "{kind} {filesystem}");
+                    assert_eq!(hash(&image), *first, "{kind} {filesystem}");
+                }
+                let differ = taken.windows(2).all(|pair| pair[0].1 != pair[1].1);
+                assert!(differ, "they are of different moments");
+            });
+        }
     }
 }
 

@@ -169,7 +169,8 @@ async fn compare(
     let full = FileSource::open(&copy).unwrap();
     let changed = base.filter(|base| base.repository == to.incremental.config().id).map(|base| {
         let source = CopySource::open(&copy).unwrap();
-        let source = source.with_base(&volume.copy_image(base.copy), base.snapshot).unwrap();
+        let path = volume.copy_image(base.copy);
+        let source = source.with_base(&path, base.snapshot, base.volume).unwrap();
         let known = std::fs::metadata(volume.copy_image(base.copy)).unwrap().len();
         let changed = source.changed(0..known, base.snapshot).unwrap();
         changed.iter().map(|range| range.end - range.start).sum()
@@ -232,10 +233,17 @@ async fn on_xfs_it_equals_a_full_one() {
     torture(&lab, fastrand::u64(..), rounds(60)).await;
 }
 
+/// Runs a command, and says whether it succeeded.
+fn run(command: &[String]) -> bool {
+    let mut run = Command::new(&command[0]);
+    run.args(&command[1..]).stdout(Stdio::null()).stderr(Stdio::null());
+    run.status().unwrap().success()
+}
+
 /// Runs commands again and again, until it is dropped.
 struct Disturbance {
     stop: Arc<AtomicBool>,
-    thread: Option<thread::JoinHandle<u64>>,
+    thread: Option<thread::JoinHandle<Vec<u64>>>,
 }
 
 impl Disturbance {
@@ -243,12 +251,10 @@ impl Disturbance {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let thread = thread::spawn(move || {
-            let mut succeeded = 0;
+            let mut succeeded = vec![0; commands.len()];
             while !stopped.load(Ordering::Relaxed) {
-                for command in &commands {
-                    let mut run = Command::new(&command[0]);
-                    run.args(&command[1..]).stdout(Stdio::null()).stderr(Stdio::null());
-                    succeeded += u64::from(run.status().unwrap().success());
+                for (command, count) in commands.iter().zip(&mut succeeded) {
+                    *count += u64::from(run(command));
                 }
                 thread::sleep(Duration::from_millis(10));
             }
@@ -257,8 +263,8 @@ impl Disturbance {
         Self { stop, thread: Some(thread) }
     }
 
-    /// How many commands succeeded.
-    fn end(mut self) -> u64 {
+    /// How often each command succeeded.
+    fn end(mut self) -> Vec<u64> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.take().unwrap().join().unwrap()
     }
@@ -274,19 +280,58 @@ impl Drop for Disturbance {
     }
 }
 
+/// Where the bytes of a file lie.
+fn places(path: &Path) -> ExtentMap {
+    ExtentMap::read(&File::open(path).unwrap(), 0..SIZE).unwrap()
+}
+
+/// What a command moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moves {
+    /// Everything, copies too.
+    All,
+    /// The image that is in use.
+    Image,
+}
+
 /// Rounds on a small volume while its extents are moved about. What has changed is then known less well, but never wrong.
-async fn disturbed(lab: &TestPool, commands: impl FnOnce(&Volume) -> Vec<Vec<String>>) {
+async fn disturbed(lab: &TestPool, commands: impl FnOnce(&Volume) -> Vec<(Moves, Vec<String>)>) {
     let volume = lab.create("v", SIZE, Filesystem::Raw);
     let device = volume.lock().unwrap().attach(false).unwrap().device;
     let random = fastrand::Rng::with_seed(7);
     let mut writer = Writer { random, volume: volume.clone(), device, size: SIZE };
     let to = Repositories::new().await;
-    let disturbance = Disturbance::start(commands(&volume));
+    let commands = commands(&volume);
+    let all = commands.iter().map(|(_, command)| command.clone()).collect();
+    let disturbance = Disturbance::start(all);
     for round in 0..rounds(20) {
         writer.round();
         compare(lab, &volume, &to, round % 10 == 0).await;
     }
-    assert!(disturbance.end() > 0, "no command succeeded");
+    let succeeded = disturbance.end();
+    assert!(succeeded.iter().all(|count| *count > 0), "{succeeded:?} of {commands:?}");
+
+    // Alone, each moves what it should.
+    for (moves, command) in commands {
+        // Many small pieces: each write after a copy goes to a place of its own.
+        let to_base = async || {
+            compare(lab, &volume, &to, false).await;
+            volume.copy_image(volume.state().unwrap().base.unwrap().copy)
+        };
+        let image = OpenOptions::new().write(true).open(volume.image()).unwrap();
+        for n in 0..200 {
+            image.write_all_at(&noise(n, BLOCK as usize), n * 16 * BLOCK).unwrap();
+        }
+        image.sync_all().unwrap();
+        drop(image);
+        let base = to_base().await;
+        let before = [places(&base), places(&volume.image())];
+        assert!(run(&command), "{command:?}");
+        let after = [places(&base), places(&volume.image())];
+        let [copy_moved, image_moved] = [0, 1].map(|n| before[n] != after[n]);
+        assert_eq!((copy_moved, image_moved), (moves == Moves::All, true), "{command:?}");
+        compare(lab, &volume, &to, true).await;
+    }
 }
 
 fn words(command: &str, path: &Path) -> Vec<String> {
@@ -300,8 +345,8 @@ async fn a_balance_and_a_defragmentation_do_no_harm() {
     let root = lab.pool.root().to_owned();
     disturbed(&lab, |volume| {
         vec![
-            words("btrfs filesystem defragment -f", &volume.image()),
-            words("btrfs balance start --full-balance", &root),
+            (Moves::Image, words("btrfs filesystem defragment -f", &volume.image())),
+            (Moves::All, words("btrfs balance start --full-balance", &root)),
         ]
     })
     .await;
@@ -313,7 +358,35 @@ async fn xfs_fsr_does_no_harm() {
         return;
     }
     let Some(lab) = TestPool::new(BackendKind::Xfs) else { return };
-    disturbed(&lab, |volume| vec![words("xfs_fsr -v", &volume.image())]).await;
+    disturbed(&lab, |volume| vec![(Moves::Image, words("xfs_fsr -v", &volume.image()))]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_file_system_discards_is_seen() {
+    for kind in [BackendKind::Btrfs, BackendKind::Xfs] {
+        let Some(lab) = TestPool::new(kind) else { return };
+        let volume = lab.create("v", SIZE, Filesystem::Ext4);
+        let at = lab.path("at");
+        volume.lock().unwrap().mount(&at, false).unwrap();
+        let to = Repositories::new().await;
+        for round in 0..4 {
+            for n in 0..20 {
+                std::fs::write(at.join(n.to_string()), noise(round << 8 | n, 1 << 20)).unwrap();
+            }
+            compare(&lab, &volume, &to, round == 0).await;
+            let allocated = volume.stats().unwrap().allocated_bytes;
+            for n in (0..20).filter(|n| n % 3 != round % 3) {
+                std::fs::remove_file(at.join(n.to_string())).unwrap();
+            }
+            // Blocks of deleted files are free when the journal says so.
+            rustix::fs::syncfs(File::open(&at).unwrap()).unwrap();
+            assert!(run(&words("fstrim", &at)));
+            let less = allocated - volume.stats().unwrap().allocated_bytes;
+            assert!(less > 8 * MIB, "{kind}: {less} bytes are free");
+            let changed = compare(&lab, &volume, &to, true).await.unwrap();
+            assert!(changed > 8 * MIB, "{kind}: {changed} bytes have changed");
+        }
+    }
 }
 
 /// The pages of a file that are in memory.
@@ -366,6 +439,50 @@ fn reading_a_copy_leaves_the_page_cache_alone() {
         // And what the test would see otherwise.
         assert_eq!(read_all(&FileSource::open(&copy).unwrap()), expected);
         assert!(cached_pages(&copy) >= 4096, "{kind}");
+    }
+}
+
+/// Reads a file as [`read_all`] does, with RWF_DONTCACHE. None where that does not work.
+fn read_without_caching(path: &Path) -> Option<blake3::Hash> {
+    const DONTCACHE: u32 = 0x80;
+    let file = File::open(path).unwrap();
+    let flags = rustix::io::ReadWriteFlags::from_bits_retain(DONTCACHE);
+    let (mut hasher, mut buffer) = (blake3::Hasher::new(), vec![0; 524_288]);
+    let mut at = 0;
+    loop {
+        let into = &mut [std::io::IoSliceMut::new(&mut buffer)];
+        match rustix::io::preadv2(&file, into, at, flags) {
+            Ok(0) => return Some(hasher.finalize()),
+            Ok(found) => {
+                hasher.update(&buffer[..found]);
+                at += found as u64;
+            }
+            Err(rustix::io::Errno::OPNOTSUPP) => return None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// An alternative to how copies are read. docs/volumes.md has what this prints.
+#[test]
+fn reading_with_dontcache() {
+    if require::tool("fincore").is_none() {
+        return;
+    }
+    for kind in [BackendKind::Btrfs, BackendKind::Xfs] {
+        let Some(lab) = TestPool::new(kind) else { return };
+        let volume = lab.create("v", 16 * MIB, Filesystem::Raw);
+        std::fs::write(volume.image(), noise(1, 16 << 20)).unwrap();
+        File::open(volume.image()).unwrap().sync_all().unwrap();
+        let taken = take(&lab.pool, &group(&[&volume])).unwrap();
+        let copy = volume.copy_image(taken.upload.state().volumes[0].copy);
+        match read_without_caching(&copy) {
+            Some(hash) => {
+                assert_eq!(hash, blake3::hash(&noise(1, 16 << 20)));
+                println!("{kind}: {} of 4096 pages are left", cached_pages(&copy));
+            }
+            None => println!("{kind}: it is not supported"),
+        }
     }
 }
 

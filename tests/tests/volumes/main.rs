@@ -6,6 +6,7 @@
     reason = "in tests a panic is the right way to fail"
 )]
 
+mod agent;
 mod clones;
 mod copies;
 mod freeze;

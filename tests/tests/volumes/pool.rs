@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use petra_engine::SnapshotId;
 use petra_engine::context::SystemHost;
 use petra_tests::loop_device::LoopDevice;
 use petra_tests::pool::{TestPool, can_have_pools, hash, loop_devices_below, volume_name};
+use petra_tests::volume::noise;
 use petra_volume::pool::{Content, CreateRequest, Filesystem, InitRequest, Place};
 use petra_volume::{BackendKind, Error, LockedVolume, Pool, Volume};
 
@@ -318,6 +320,82 @@ fn a_full_pool_refuses_new_volumes_before_writes_fail() {
         locked.delete_copy(early).unwrap();
         locked.delete(true).unwrap();
         lab.create("w", MIB, Filesystem::Raw);
+    }
+}
+
+/// What a copy shares can't be overwritten in place, so that overwrites fill a pool. All that the application was told to
+/// be there stays there, and so does the copy.
+#[test]
+fn overwrites_of_what_a_copy_shares_fill_a_pool() {
+    const STEP: usize = 64 << 10;
+    for kind in BACKENDS {
+        let Some(lab) = TestPool::with_size(kind, 512 * MIB) else { return };
+        let volume = lab.create("v", 256 * MIB, Filesystem::Raw);
+        let mut locked = volume.lock().unwrap();
+        let device = locked.attach(false).unwrap().device;
+        let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
+        let open = || fs::File::options().read(true).write(true).custom_flags(flags).open(&device);
+        let file = open().unwrap();
+        let mut memory = vec![0; STEP + 4096];
+        let from = memory.as_ptr().align_offset(4096);
+        let buffer = &mut memory[from..from + STEP];
+        let steps = 256 * MIB / STEP as u64;
+        for n in 0..steps {
+            buffer.copy_from_slice(&noise(n, STEP));
+            file.write_all_at(buffer, n * STEP as u64).unwrap();
+        }
+        let taken = copy(&mut locked);
+        let copied = hash(&volume.copy_image(taken));
+        let free_bytes = lab.pool.status().unwrap().free_bytes;
+
+        // Scattered, so that extents are shared in part.
+        let place = |n: u64| n * 1021 % steps;
+        let mut overwritten = 0;
+        let failed = loop {
+            buffer.copy_from_slice(&noise(1 << 32 | overwritten, STEP));
+            match file.write_all_at(buffer, place(overwritten) * STEP as u64) {
+                Ok(()) => overwritten += 1,
+                Err(error) => break error,
+            }
+            assert!(overwritten < steps, "{kind}: the pool is not full");
+        };
+        let text = failed.to_string();
+        assert!(text.contains("space left") || text.contains("Input/output"), "{text}");
+        let mib = |bytes: u64| bytes / MIB;
+        println!(
+            "{kind}: {} MiB were overwritten with {} MiB free at first, {} MiB at the end",
+            mib(overwritten * STEP as u64),
+            mib(free_bytes),
+            mib(lab.pool.status().unwrap().free_bytes),
+        );
+        // One byte takes one byte, and a little for the tree of extents.
+        assert!(overwritten * STEP as u64 > free_bytes / 2, "{kind}: {overwritten} steps");
+
+        let check = |buffer: &mut [u8]| {
+            let file = open().unwrap();
+            let mut expected: Vec<u64> = (0..steps).collect();
+            for n in 0..overwritten {
+                expected[place(n) as usize] = 1 << 32 | n;
+            }
+            for at in (0..steps).filter(|at| *at != place(overwritten)) {
+                file.read_exact_at(buffer, at * STEP as u64).unwrap();
+                let expected = noise(expected[at as usize], STEP);
+                assert!(*buffer == expected, "{kind}: other bytes in step {at}");
+            }
+        };
+        check(buffer);
+        assert_eq!(hash(&volume.copy_image(taken)), copied, "{kind}");
+        // Also when nothing of it is in memory any more.
+        drop(file);
+        locked.detach().unwrap();
+        locked.attach(false).unwrap();
+        check(buffer);
+        assert_eq!(hash(&volume.copy_image(taken)), copied, "{kind}");
+        // The copy goes, and there is room again.
+        locked.delete_copy(taken).unwrap();
+        lab.pool.check_free().unwrap();
+        open().unwrap().write_all_at(buffer, place(overwritten) * STEP as u64).unwrap();
+        locked.detach().unwrap();
     }
 }
 

@@ -82,6 +82,7 @@ fn create_request(
         sector_bytes: state.sector_bytes,
         filesystem: state.filesystem,
         content,
+        base: None,
         origin: state.origin.clone(),
         lazy: None,
         ephemeral: false,

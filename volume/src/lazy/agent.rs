@@ -61,6 +61,9 @@ const LAST_PAUSE: Duration = Duration::from_secs(5);
 const HELLO: Duration = Duration::from_secs(10);
 /// How long a dead server's process may take to disappear.
 const DEATH: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
+/// How often is looked for the death of a server that is not served yet.
+const LOOK: Duration = Duration::from_millis(100);
+const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
 /// An image server that has said who it is.
 #[derive(Debug)]
@@ -117,6 +120,44 @@ impl Connection {
     pub fn volume(&self) -> SnapshotId {
         self.hello.volume.id
     }
+
+    /// Waits until the server's process is gone. What it said before is still to be heard.
+    pub async fn dead(&self) -> Result<()> {
+        loop {
+            match poll(&mut [PollFd::new(&self.process, PollFlags::IN)], Some(&NOW)) {
+                Ok(1..) => return Ok(()),
+                Ok(0) | Err(Errno::INTR) => tokio::time::sleep(LOOK).await,
+                Err(error) => return Err(Error::io("watch", "an image server")(error)),
+            }
+        }
+    }
+
+    /// Keeps the connection of a server that is brought nothing, until the server is gone.
+    pub async fn hold(mut self) -> Result<End> {
+        let farewell = async {
+            let mut body = Vec::new();
+            loop {
+                if let ToAgent::Bye = receive_message(&mut self.stream, &mut body).await? {
+                    return Ok(());
+                }
+            }
+        };
+        let read = farewell.await;
+        ended(read, &self.hello, self.device, self.process).await
+    }
+}
+
+/// Receives one message.
+async fn receive_message(
+    input: &mut (impl AsyncReadExt + Unpin),
+    body: &mut Vec<u8>,
+) -> io::Result<ToAgent> {
+    let mut header = [0; HEADER_BYTES];
+    input.read_exact(&mut header).await?;
+    let header = Header::parse(&header).map_err(io::Error::other)?;
+    body.resize(header.body_bytes, 0);
+    input.read_exact(body).await?;
+    ToAgent::decode(header, body).map_err(io::Error::other)
 }
 
 /// Receives the first bytes and the descriptor that comes with them.
@@ -156,7 +197,7 @@ pub enum AgentEvent<'a> {
         /// What is missing or damaged.
         error: &'a petra_engine::Error,
     },
-    /// What was read since the volume was first mounted, in that order: a start list.
+    /// What was read since the volume was first mounted, in that order: what a start list is made of.
     Recorded {
         /// Bytes of the volume.
         ranges: &'a [Range<u64>],
@@ -167,6 +208,15 @@ pub enum AgentEvent<'a> {
     Incomplete {
         /// Bytes that can't be read.
         damaged_bytes: u64,
+    },
+    /// Its image server died. Who uses the volume waits for a successor, which is being started.
+    ServerDied,
+    /// A successor goes on where the dead server was.
+    ServerReplaced,
+    /// No successor could be started in time: all that use the volume get I/O errors, until it is attached anew.
+    ServerLost {
+        /// Why.
+        error: &'a Error,
     },
 }
 
@@ -260,9 +310,21 @@ pub async fn serve(
         () = cancel.cancelled() => return Err(Error::Cancelled),
         read = agent.read_all(input, &mut tasks) => read,
     };
+    ended(read, &hello, device, process).await
+}
+
+/// How a connection ended after which this was read from it.
+async fn ended(
+    read: io::Result<()>,
+    hello: &Hello,
+    device: OwnedFd,
+    process: OwnedFd,
+) -> Result<End> {
     match read {
         Ok(()) => return Ok(End::Unmounted),
-        Err(error) => tracing::debug!(volume = %agent.volume, %error, "the image server is gone"),
+        Err(error) => {
+            tracing::debug!(volume = %hello.volume.id, %error, "the image server is gone");
+        }
     }
     // Its descriptors are closed a little before it is dead.
     let dead = tokio::task::spawn_blocking(move || {
@@ -334,14 +396,10 @@ impl Agent {
     ) -> io::Result<()> {
         let mut body = Vec::new();
         loop {
-            let mut header = [0; HEADER_BYTES];
-            input.read_exact(&mut header).await?;
-            let header = Header::parse(&header).map_err(io::Error::other)?;
-            body.resize(header.body_bytes, 0);
-            input.read_exact(&mut body).await?;
+            let message = receive_message(&mut input, &mut body).await?;
             // Finished ones are let go of.
             while tasks.try_join_next().is_some() {}
-            match ToAgent::decode(header, &body).map_err(io::Error::other)? {
+            match message {
                 ToAgent::Want { range, urgent } if range.end <= self.image_bytes => {
                     let range = range.start..range.end.min(self.len_bytes);
                     if range.is_empty() {

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::image::LocalImage;
@@ -24,6 +25,8 @@ use crate::fuse::{File, Negotiated, Reply, Session, Zeroing, resident};
 
 /// How long a successor waits for the files of a server that is dying.
 const PREDECESSOR: Duration = Duration::from_secs(30);
+/// How long any other server waits: for those who look whether there is one.
+const LOOKS: Duration = Duration::from_secs(2);
 /// Windows that a recording holds: 8 GiB of a volume.
 const RECORDED_WINDOWS: usize = 1 << 16;
 
@@ -60,6 +63,22 @@ pub struct Inheritance {
     pub device: OwnedFd,
     /// What that server had agreed on with the kernel.
     pub negotiated: Negotiated,
+}
+
+impl Inheritance {
+    /// Another one of the same descriptor: while there is one, no request is answered with an error.
+    pub fn try_clone(&self) -> Result<Self> {
+        let device = self.device.try_clone().map_err(Error::io("keep", "a FUSE descriptor"))?;
+        Ok(Self { device, negotiated: self.negotiated })
+    }
+
+    /// False when the file system is gone, so that nobody needs a server.
+    pub fn is_mounted(&self) -> bool {
+        let mut device = [PollFd::new(&self.device, PollFlags::empty())];
+        // What can't be asked may still be mounted.
+        let asked = poll(&mut device, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+        asked.is_err() || device.iter().all(|device| device.revents().is_empty())
+    }
 }
 
 /// A running image server.
@@ -153,10 +172,11 @@ impl Server {
     pub fn start(options: &ServerOptions, inherited: Option<Inheritance>) -> Result<Self> {
         let begun = Instant::now();
         let boot = BootId::current()?;
+        let wait = if inherited.is_some() { PREDECESSOR } else { LOOKS };
         let presence = loop {
             let opened = Presence::open(&options.presence, &options.working, options.volume, boot);
             match opened {
-                Err(Error::Busy { .. }) if inherited.is_some() && begun.elapsed() < PREDECESSOR => {
+                Err(Error::Busy { .. }) if begun.elapsed() < wait => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 opened => break opened?,

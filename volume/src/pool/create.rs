@@ -3,14 +3,14 @@
 //! A volume is made in `new/ULID` and renamed when it is whole. Its maker holds a lock on that directory, so that recovery
 //! can tell one in the making from what a crash left.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use petra_engine::{Name, SnapshotId};
 
-use super::state::{self, Filesystem, LazyState, VolumeState, Wanted};
+use super::state::{self, BaseState, Filesystem, LazyState, VolumeState, Wanted};
 use super::{Pool, entries};
 use crate::backend::IMAGE;
 use crate::error::{Error, Result};
@@ -23,6 +23,8 @@ use crate::volume::Volume;
 pub const MIN_VOLUME_BYTES: u64 = 1 << 20;
 /// The largest volume, in bytes: a repository takes no larger ones.
 pub const MAX_VOLUME_BYTES: u64 = petra_engine::format::MAX_VOLUME_BYTES;
+/// The blocks of a new volume's device, in bytes: those of what pools are on.
+pub const LARGEST_SECTOR_BYTES: u32 = 4096;
 /// Metadata of a volume, in bytes: its state is rewritten with each change.
 const MAX_METADATA_BYTES: usize = 64 << 10;
 
@@ -60,6 +62,9 @@ pub struct CreateRequest {
     pub filesystem: Filesystem,
     /// What it begins with.
     pub content: Content,
+    /// What a [`Content::CopyOf`] holds in a repository. The volume gets a copy of its own of it, as the base of its first
+    /// snapshot.
+    pub base: Option<BaseState>,
     /// The URL of the snapshot that it is made from.
     pub origin: Option<String>,
     /// Where its data comes from, for a lazy clone.
@@ -78,9 +83,10 @@ impl CreateRequest {
         Self {
             name,
             size_bytes,
-            sector_bytes: 4096,
+            sector_bytes: LARGEST_SECTOR_BYTES,
             filesystem,
             content: Content::Formatted,
+            base: None,
             origin: None,
             lazy: None,
             ephemeral: false,
@@ -98,7 +104,7 @@ impl CreateRequest {
             format!("a volume with {filesystem} has at least {min_bytes} bytes")
         } else if *size_bytes > MAX_VOLUME_BYTES {
             format!("a volume has at most {MAX_VOLUME_BYTES} bytes (1 PiB)")
-        } else if !matches!(sector_bytes, 512 | 4096) {
+        } else if !matches!(*sector_bytes, 512 | LARGEST_SECTOR_BYTES) {
             format!("a volume's device has blocks of 512 or 4096 bytes, not of {sector_bytes}")
         } else if !size_bytes.is_multiple_of(u64::from(*sector_bytes)) {
             format!("its size must be a multiple of {sector_bytes} bytes")
@@ -147,12 +153,15 @@ impl Pool {
         std::fs::create_dir(&path).map_err(Error::io("create", &path))?;
         let directory = File::open(&path).map_err(Error::io("open", &path))?;
         files::try_lock(&directory).map_err(Error::io("lock", &path))?;
-        state::write(&path.join("volume.json"), &self.first_state(id, request))?;
-        Ok(Draft { id, path, _directory: directory })
+        let state = self.first_state(id, request);
+        state::write(&path.join("volume.json"), &state)?;
+        Ok(Draft { state, path, _directory: directory })
     }
 
     fn first_state(&self, id: SnapshotId, request: &CreateRequest) -> VolumeState {
         let now = i64::try_from(self.host().unix_ms()).unwrap_or(i64::MAX);
+        let base =
+            request.base.clone().map(|base| BaseState { copy: self.host().new_id(), ..base });
         VolumeState {
             format: state::FORMAT,
             id,
@@ -163,8 +172,8 @@ impl Pool {
             created: Timestamp::from_millisecond(now).unwrap_or_default(),
             origin: request.origin.clone(),
             lazy: request.lazy.clone(),
-            base: None,
-            copies: BTreeSet::new(),
+            copies: base.iter().map(|base| base.copy).collect(),
+            base,
             wanted: Wanted::default(),
             grow_filesystem: request.grow_filesystem,
             ephemeral: request.ephemeral,
@@ -175,7 +184,7 @@ impl Pool {
     fn fill(&self, draft: &Draft, request: &CreateRequest) -> Result<()> {
         let path = &draft.path;
         if let Some(lazy) = &request.lazy {
-            let identity = VolumeIdentity { id: draft.id, len_bytes: request.size_bytes };
+            let identity = VolumeIdentity { id: draft.state.id, len_bytes: request.size_bytes };
             // What lies beyond is zeros, which the image holds already.
             Presence::create(&path.join("presence"), identity, lazy.volume.len_bytes)?;
         }
@@ -189,7 +198,15 @@ impl Pool {
                 format(&image, request)?;
             }
             Content::Empty => self.backend().create(&live, request.size_bytes)?,
-            Content::CopyOf(copy) => self.backend().clone_from_copy(copy, &live)?,
+            Content::CopyOf(copy) => {
+                self.backend().clone_from_copy(copy, &live)?;
+                if let Some(base) = &draft.state.base {
+                    let mut own =
+                        self.backend().begin_copy(copy, &copies.join(base.copy.to_string()))?;
+                    own.finish()?;
+                    own.publish()?;
+                }
+            }
         }
         let file = File::options().write(true).open(&image).map_err(Error::io("open", &image))?;
         let len_bytes = file.metadata().map_err(Error::io("look at", &image))?.len();
@@ -228,7 +245,7 @@ impl Pool {
 
 /// A directory in `new` that is this process's as long as it has it open.
 struct Draft {
-    id: SnapshotId,
+    state: VolumeState,
     path: PathBuf,
     _directory: File,
 }

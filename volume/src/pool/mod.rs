@@ -16,7 +16,10 @@ use petra_engine::Name;
 use petra_engine::context::Host;
 
 pub use capacity::{DEFAULT_OVERCOMMIT_PERCENT, Status};
-pub use create::{Content, CreateRequest, MAX_VOLUME_BYTES, MIN_VOLUME_BYTES, min_volume_bytes};
+pub use create::{
+    Content, CreateRequest, LARGEST_SECTOR_BYTES, MAX_VOLUME_BYTES, MIN_VOLUME_BYTES,
+    min_volume_bytes,
+};
 pub use init::{InitRequest, Initialised, Place};
 pub use recover::{Recovered, Recovery};
 pub use state::{BaseState, Filesystem, LazyState, PoolState, VolumeState, Wanted};

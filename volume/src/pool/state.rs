@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use petra_engine::record::VolumeRecord;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::backend::BackendKind;
 use crate::error::{Error, Result};
 use crate::sys::files;
+use crate::volume::DEFAULT_PATIENCE;
 
 /// The format version of both files.
 pub const FORMAT: u32 = 1;
@@ -170,9 +172,19 @@ pub struct Wanted {
     /// Nobody may write to the device.
     #[serde(default)]
     pub read_only: bool,
+    /// How long a read waits for data that is not here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience_seconds: Option<u64>,
     /// Where it should be mounted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mounted_at: Option<PathBuf>,
+}
+
+impl Wanted {
+    /// How long a read waits for data that is not here.
+    pub fn patience(&self) -> Duration {
+        self.patience_seconds.map_or(DEFAULT_PATIENCE, Duration::from_secs)
+    }
 }
 
 /// The part of a state that every version has.
@@ -243,6 +255,7 @@ mod tests {
             wanted: Wanted {
                 attached: true,
                 read_only: false,
+                patience_seconds: Some(60),
                 mounted_at: Some("/mnt/data".into()),
             },
             grow_filesystem: true,

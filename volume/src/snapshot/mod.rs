@@ -26,4 +26,6 @@ pub use hook::Hook;
 pub use resolve::{MAX_ATTEMPTS, resolve};
 pub use state::{Target, UploadState, UploadVolume, upload_state};
 pub use take::{GroupRequest, Taken, take};
-pub use upload::{Upload, discard, discard_unfinished, is_being_done, pending, upload_of};
+pub use upload::{
+    Upload, discard, discard_unfinished, is_being_done, pending, sector_bytes_of, upload_of,
+};

@@ -20,14 +20,23 @@ use crate::error::{Error, Result};
 use crate::idle::Rate;
 use crate::pool::lock::Lock;
 use crate::pool::pins::blocking;
-use crate::pool::{BaseState, Pool, entries, state};
+use crate::pool::{BaseState, LARGEST_SECTOR_BYTES, Pool, entries, state};
 use crate::volume::Volume;
 
 /// Metadata of a snapshot: the id of the upload that made it.
 const UPLOAD: &str = "petra.upload";
 
-/// Volumes of a snapshot.
-type Sources = Vec<(Name, Arc<dyn Source>)>;
+/// Metadata of a snapshot: the largest blocks, in bytes, that a device of any of its volumes may have.
+const SECTOR_BYTES: &str = "petra.sector-bytes";
+
+/// What is read for a snapshot.
+struct Sources {
+    volumes: Vec<(Name, Arc<dyn Source>)>,
+    /// The snapshot that they are best compared with.
+    parent: Option<SnapshotId>,
+    /// The smallest blocks of their devices.
+    sector_bytes: u32,
+}
 
 /// How often an upload looks whether anyone still wants it.
 const LOOK: Duration = Duration::from_secs(1);
@@ -43,6 +52,11 @@ pub struct Upload {
 /// The id of the upload that made a snapshot: the one that [`resolve`](super::resolve) takes.
 pub fn upload_of(record: &SnapshotRecord) -> SnapshotId {
     record.metadata.get(UPLOAD).and_then(|id| id.parse().ok()).unwrap_or(record.id)
+}
+
+/// The blocks that devices of a snapshot's volumes had, as far as that is known: file systems may not go with larger ones.
+pub fn sector_bytes_of(record: &SnapshotRecord) -> Option<u32> {
+    record.metadata.get(SECTOR_BYTES)?.parse().ok()
 }
 
 /// The ids of all uploads of a pool that have not ended, the oldest first. Someone may be working on them.
@@ -229,7 +243,8 @@ impl Upload {
         let Target { experiment, run, name, labels, message, mut metadata, .. } =
             self.state.target.clone();
         metadata.insert(UPLOAD.to_owned(), self.state.id.to_string());
-        let (volumes, parent) = self.sources(repo)?;
+        let Sources { volumes, parent, sector_bytes } = self.sources(repo)?;
+        metadata.insert(SECTOR_BYTES.to_owned(), sector_bytes.to_string());
         let request = SnapshotRequest {
             experiment,
             run,
@@ -263,11 +278,12 @@ impl Upload {
         }
     }
 
-    /// The copies as sources, and the snapshot that they are best compared with.
-    fn sources(&self, repo: &Repository) -> Result<(Sources, Option<SnapshotId>)> {
+    /// The copies as sources.
+    fn sources(&self, repo: &Repository) -> Result<Sources> {
         let rate = self.state.rate_bytes_per_s.map(|rate| Arc::new(Rate::new(rate)));
-        let mut sources: Sources = Vec::with_capacity(self.state.volumes.len());
-        let mut parent = None;
+        let mut volumes: Vec<(Name, Arc<dyn Source>)> =
+            Vec::with_capacity(self.state.volumes.len());
+        let (mut parent, mut sector_bytes) = (None, LARGEST_SECTOR_BYTES);
         for part in &self.state.volumes {
             let Some((volume, state)) = find(&self.pool, part)? else {
                 return Err(unknown(&self.pool, "volume", part.id));
@@ -275,21 +291,21 @@ impl Upload {
             if !state.copies.contains(&part.copy) {
                 return Err(unknown(&self.pool, "copy", part.copy));
             }
+            sector_bytes = sector_bytes.min(state.sector_bytes);
             let mut source =
                 CopySource::open(&volume.copy_image(part.copy))?.with_rate(rate.clone());
             // What is known of the past of one volume says nothing about another of the same snapshot.
-            let base = state.base.filter(|base| {
-                base.repository == repo.config().id
-                    && base.volume == part.name
-                    && base.copy != part.copy
-            });
+            let base = state
+                .base
+                .filter(|base| base.repository == repo.config().id && base.copy != part.copy);
             if let Some(base) = base {
-                source = source.with_base(&volume.copy_image(base.copy), base.snapshot)?;
+                let path = volume.copy_image(base.copy);
+                source = source.with_base(&path, base.snapshot, base.volume)?;
                 parent.get_or_insert(base.snapshot);
             }
-            sources.push((part.name.clone(), Arc::new(source)));
+            volumes.push((part.name.clone(), Arc::new(source)));
         }
-        Ok((sources, parent))
+        Ok(Sources { volumes, parent, sector_bytes })
     }
 
     /// Deletes the copies and forgets the upload, without a snapshot.

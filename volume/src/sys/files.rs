@@ -62,6 +62,15 @@ pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
     }
 }
 
+/// True while someone has locked a file. This takes its lock for a moment, together with others who ask the same.
+pub(crate) fn is_locked(file: &File) -> io::Result<bool> {
+    match rustix::fs::flock(file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => unlock(file).map(|()| false),
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Gives the lock of an open file back, also on behalf of processes that have inherited it.
 pub(crate) fn unlock(file: &File) -> io::Result<()> {
     Ok(rustix::fs::flock(file, FlockOperation::Unlock)?)
@@ -148,7 +157,9 @@ mod tests {
         assert!(try_lock(&first).unwrap());
         assert!(!try_lock(&second).unwrap());
         let inherited = first.try_clone().unwrap();
+        assert!(is_locked(&second).unwrap());
         unlock(&first).unwrap();
+        assert!(!is_locked(&second).unwrap() && !is_locked(&first).unwrap());
         assert!(try_lock(&second).unwrap());
         drop((second, inherited));
         assert!(try_lock(&first).unwrap());

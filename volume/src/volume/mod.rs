@@ -18,7 +18,7 @@ use petra_engine::Name;
 
 pub use attach::Attachment;
 pub use copies::NewCopy;
-pub use served::Serving;
+pub use served::{DEFAULT_PATIENCE, Serving};
 pub use stats::{Stats, Usage};
 
 use crate::backend::IMAGE;

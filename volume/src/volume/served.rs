@@ -20,6 +20,8 @@ use crate::backend::IMAGE;
 use crate::error::{Error, Result};
 use crate::lazy::presence::VolumeIdentity;
 use crate::lazy::server::{Inheritance, ServerOptions};
+use crate::pool::LARGEST_SECTOR_BYTES;
+use crate::pool::state::{VolumeState, Wanted};
 use crate::programs::Programs;
 use crate::sys::{files, mounts};
 
@@ -31,12 +33,15 @@ const SUCCESSOR_STEP: Duration = Duration::from_millis(50);
 /// Threads of an image server.
 const THREADS: usize = 4;
 
+/// How long a read of a lazy clone waits for a repository that is away, unless it is told.
+pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(600);
+
 /// What serving a lazy clone needs.
 #[derive(Clone, Debug)]
 pub struct Serving {
     /// How processes are started.
     pub programs: Programs,
-    /// How long a read waits for data while the repository is away.
+    /// How long a read waits for data while the repository is away: [`DEFAULT_PATIENCE`] or another time, in whole seconds.
     pub patience: Duration,
 }
 
@@ -57,12 +62,46 @@ impl Volume {
         }
     }
 
+    /// Starts an image server, or a successor of one, as it is wanted.
+    pub(crate) fn start_server(
+        &self,
+        state: &VolumeState,
+        programs: &Programs,
+        inherited: Option<Inheritance>,
+    ) -> Result<()> {
+        let mount = self.lazy_directory();
+        match std::fs::create_dir(&mount) {
+            // Also while a dead server is mounted there.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(Error::io("create", mount)(error));
+            }
+            _ => {}
+        }
+        let id = state.id;
+        let run = self.pool().run_directory()?;
+        let options = ServerOptions {
+            volume: VolumeIdentity { id, len_bytes: state.size_bytes },
+            image: self.image(),
+            presence: self.presence(),
+            working: run.join(format!("{id}.presence")),
+            mount,
+            socket: run.join(SOCKET),
+            // Smaller blocks than the pool's can only be written through the page cache.
+            direct: state.sector_bytes == LARGEST_SECTOR_BYTES,
+            read_only: state.wanted.read_only,
+            patience: state.wanted.patience(),
+            threads: THREADS,
+        };
+        let log = run.join(format!("{id}.log"));
+        programs.start_image_server(&self.pool, &options, inherited, &log)
+    }
+
     /// True while a process serves the volume. Its file is not asked: a server that hangs would not answer.
-    fn has_server(&self) -> Result<bool> {
+    pub(crate) fn has_server(&self) -> Result<bool> {
         let path = self.presence();
         match File::open(&path) {
-            // Every server has it locked as long as it lives. Whoever starts one tries again where this is in the way.
-            Ok(file) => Ok(!files::try_lock(&file).map_err(Error::io("lock", &path))?),
+            // Every server has it locked as long as it lives. One that starts tries again where this is in the way.
+            Ok(file) => files::is_locked(&file).map_err(Error::io("lock", &path)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
             Err(error) => Err(Error::io("open", path)(error)),
         }
@@ -74,6 +113,7 @@ impl LockedVolume {
     /// missing.
     pub fn attach_served(&mut self, serving: &Serving, read_only: bool) -> Result<Attachment> {
         let Some(lazy) = self.state.lazy.clone() else { return self.attach(read_only) };
+        let agent = || serving.programs.ensure_agent(self.volume.pool());
         if self.volume.attachment()?.is_none() {
             self.end_server()?;
             if lazy.hydrated {
@@ -82,57 +122,25 @@ impl LockedVolume {
                 return self.attach(read_only);
             }
         } else if self.volume.has_server()? {
+            agent()?;
             return self.attach_image(&self.served(), read_only);
         } else {
             let by = "its image server died: detach it and attach it again".to_owned();
             return Err(self.volume.in_use(by));
         }
-        let pool = self.volume.pool().clone();
-        let run = pool.run_directory()?;
-        if std::os::unix::net::UnixStream::connect(run.join(SOCKET)).is_err() {
-            match serving.programs.start_agent(&pool) {
-                // Another one was faster.
-                Err(Error::Tool { .. })
-                    if std::os::unix::net::UnixStream::connect(run.join(SOCKET)).is_ok() => {}
-                started => started?,
-            }
-        }
-        self.start_server(serving, read_only, None)?;
+        agent()?;
+        // Noted first: who replaces the server goes by it.
+        self.change(|state| {
+            let patience_seconds = Some(serving.patience.as_secs());
+            state.wanted = Wanted {
+                attached: true,
+                read_only,
+                patience_seconds,
+                mounted_at: state.wanted.mounted_at.take(),
+            };
+        })?;
+        self.volume.start_server(&self.state, &serving.programs, None)?;
         self.attach_image(&self.served(), read_only)
-    }
-
-    /// Starts an image server, or a successor of one.
-    pub(crate) fn start_server(
-        &self,
-        serving: &Serving,
-        read_only: bool,
-        inherited: Option<Inheritance>,
-    ) -> Result<()> {
-        let mount = self.volume.lazy_directory();
-        match std::fs::create_dir(&mount) {
-            // Also while a dead server is mounted there.
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(Error::io("create", mount)(error));
-            }
-            _ => {}
-        }
-        let id = self.state.id;
-        let run = self.volume.pool().run_directory()?;
-        let options = ServerOptions {
-            volume: VolumeIdentity { id, len_bytes: self.state.size_bytes },
-            image: self.volume.image(),
-            presence: self.volume.presence(),
-            working: run.join(format!("{id}.presence")),
-            mount,
-            socket: run.join(SOCKET),
-            // Smaller blocks than the pool's can only be written through the page cache.
-            direct: self.state.sector_bytes == 4096,
-            read_only,
-            patience: serving.patience,
-            threads: THREADS,
-        };
-        let log = run.join(format!("{id}.log"));
-        serving.programs.start_image_server(&options, inherited, &log)
     }
 
     /// What the device of a lazy clone stands on.
