@@ -158,9 +158,9 @@ fn a_clone_on_another_machine_starts_before_its_data_is_there() {
     sandbox.ok(&format!("volume snapshot {far} there {far_repo}#e/r --name second"));
     write_files(&home.join("at-there"), 4, 3);
     let begun = Instant::now();
-    sandbox.ok(&format!("volume snapshot {far} there {far_repo}#e/r --name third --rate 1M"));
-    // All of it would take a minute and a half.
-    assert!(begun.elapsed() < Duration::from_secs(45), "{:?}", begun.elapsed());
+    sandbox.ok(&format!("volume snapshot {far} there {far_repo}#e/r --name third --rate 256K"));
+    // At this rate, to read all of it takes six minutes on any machine.
+    assert!(begun.elapsed() < Duration::from_secs(300), "{:?}", begun.elapsed());
     sandbox.ok(&format!("mount {near} {repo}#e/r/third at-back"));
     for (seed, count) in [(1, 100), (3, 20), (4, 3)] {
         assert!(has_files(&home.join("at-back"), seed, count), "files {seed}");

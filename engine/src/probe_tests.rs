@@ -47,6 +47,12 @@ impl Lax {
         self.requests.lock().unwrap().clear();
     }
 
+    /// What a plain PUT does where objects may change.
+    async fn overwrite(&self, key: &Key, body: Bytes) -> Result<(), StoreError> {
+        self.inner.delete(key).await?;
+        self.inner.put(key, body).await
+    }
+
     fn note(&self, operation: &str, key: &Key) {
         let folder = key.as_str().split('/').next().unwrap();
         self.requests.lock().unwrap().push(format!("{operation} {folder}"));
@@ -97,18 +103,18 @@ impl Store for Lax {
         match creates {
             Creates::Kept | Creates::Unseen => self.inner.create(key, body).await,
             Creates::WinnerNotTold => self.inner.create(key, body).await.map(|_| Creation::Exists),
-            Creates::LastWins => self.inner.put(key, body).await.map(|()| Creation::Created),
+            Creates::LastWins => self.overwrite(key, body).await.map(|()| Creation::Created),
             Creates::AllTold => self.inner.create(key, body).await.map(|_| Creation::Created),
             Creates::LooksFirst => {
                 if self.inner.get(key).await.is_ok() {
                     return Ok(Creation::Exists);
                 }
                 tokio::task::yield_now().await;
-                self.inner.put(key, body).await.map(|()| Creation::Created)
+                self.overwrite(key, body).await.map(|()| Creation::Created)
             }
             Creates::Overwrites => {
                 let told = self.inner.create(key, body.clone()).await;
-                self.inner.put(key, body).await?;
+                self.overwrite(key, body).await?;
                 told
             }
             Creates::Refuses => Err(self.error(key, StoreErrorCause::Unsupported)),
