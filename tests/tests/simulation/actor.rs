@@ -193,7 +193,6 @@ impl Actor {
         let newest = known.last().copied().filter(|_| self.rng.bool());
         let Some(id) = newest.or_else(|| self.rng.choice(known)) else { return };
         self.process.note(format_args!("delete {id}"));
-        let was_deleted = self.oracle.may_be_deleted(id);
         let call = self.oracle.call(id, true);
         let before = self.process.troubles();
         match self.repo.delete(id, &self.ctx).await {
@@ -202,7 +201,9 @@ impl Actor {
                 self.oracle.done(call);
             }
             Err(error) => {
-                let buried = was_deleted && matches!(error, Error::Unknown { .. });
+                // Maybe while this one waited for an answer.
+                let buried = matches!(error, Error::Unknown { .. })
+                    && self.oracle.may_be_deleted_by_others(call);
                 self.judge(&format!("delete {id}"), &error, before, buried);
             }
         }

@@ -150,6 +150,14 @@ impl Oracle {
         self.state().calls.iter().any(|call| call.deletes && call.snapshot == snapshot)
     }
 
+    /// The same for anybody but the one of this call.
+    pub fn may_be_deleted_by_others(&self, number: usize) -> bool {
+        let state = self.state();
+        let snapshot = state.calls.get(number).map(|call| call.snapshot);
+        let others = state.calls.iter().enumerate().filter(|(other, _)| *other != number);
+        others.into_iter().any(|(_, call)| call.deletes && Some(call.snapshot) == snapshot)
+    }
+
     /// Attempts of which nobody knows, counted: those that are listed and those that are not.
     pub fn count_doubts(&self, records: &[SnapshotRecord]) {
         let listed: BTreeSet<usize> = records.iter().filter_map(attempt_of).collect();

@@ -326,7 +326,10 @@ impl<'a> ToServer<'a> {
                 let range = fields.range_from(number)?;
                 let reason = fields.0.get(..fields.0.len().min(MAX_REASON))?;
                 fields = Fields(&[]);
-                Self::Failed { range, reason: String::from_utf8_lossy(reason).into_owned() }
+                // What is no text is longer as text.
+                let mut reason = String::from_utf8_lossy(reason).into_owned();
+                reason.truncate(reason.floor_char_boundary(MAX_REASON));
+                Self::Failed { range, reason }
             }
             ASK_ABSENT => {
                 let start = fields.u64()?;
@@ -428,6 +431,18 @@ mod tests {
         let header = Header::parse(header).unwrap();
         assert_eq!(header.body_bytes, body.len());
         (header, body)
+    }
+
+    #[test]
+    fn reasons_are_text_of_bounded_length() {
+        let body = [4096_u64.to_le_bytes().as_slice(), &[0xff; 2000]].concat();
+        let header = Header { kind: FAILED, body_bytes: body.len(), number: 0 };
+        let message = ToServer::decode(header, &body).unwrap();
+        let ToServer::Failed { reason, .. } = &message else { panic!("{message:?}") };
+        assert!(reason.len() <= MAX_REASON && reason.len() > MAX_REASON - 4, "{}", reason.len());
+        let again = message.encode();
+        let (header, body) = again.split_first_chunk().unwrap();
+        assert_eq!(ToServer::decode(Header::parse(header).unwrap(), body), Ok(message));
     }
 
     proptest! {
