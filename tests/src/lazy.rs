@@ -15,9 +15,8 @@ use petra_engine::record::VolumeRecord;
 use petra_engine::store::{MemoryStore, Store};
 use petra_engine::{Repository, SnapshotId};
 use petra_volume::fuse::Negotiated;
-use petra_volume::lazy::agent::{
-    AgentEvent, AgentEvents, AgentOptions, Connection, End, Room, serve,
-};
+use petra_volume::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Room, serve};
+use petra_volume::lazy::connection::{Connection, End};
 use petra_volume::lazy::presence::{Presence, VolumeIdentity};
 use petra_volume::lazy::server::{Inheritance, Server, ServerOptions};
 use tempfile::TempDir;

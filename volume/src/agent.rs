@@ -27,7 +27,8 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::error::{Error, Result};
-use crate::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Connection, End, Room, serve};
+use crate::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Room, serve};
+use crate::lazy::connection::{Connection, End};
 use crate::lazy::server::Inheritance;
 use crate::pool::lock::Lock;
 use crate::pool::pins::{self, blocking};

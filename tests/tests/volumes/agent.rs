@@ -10,22 +10,23 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use petra_engine::record::SnapshotRecord;
 use petra_engine::store::MemoryStore;
 use petra_engine::{Error, Repository, SnapshotId};
 use petra_tests::lab::{context, init, name, request_of};
 use petra_tests::lazy::wait_until;
-use petra_tests::pool::{TestPool, volume_name};
+use petra_tests::pool::TestPool;
 use petra_tests::require;
 use petra_tests::volume::Volume as Model;
 use petra_volume::agent::{Agent, Repositories};
-use petra_volume::clones::{self, CloneRequest};
+use petra_volume::clones;
 use petra_volume::volume::{DEFAULT_PATIENCE, Serving};
 use petra_volume::{BackendKind, Programs, Volume};
 use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::runtime::Runtime;
 use tokio::task::AbortHandle;
+
+use crate::clones::clone_request;
 
 const MIB: u64 = 1 << 20;
 const BLOCK: u64 = 4096;
@@ -89,7 +90,12 @@ impl Lab {
             (repo, snapshot.unwrap())
         });
         let (volume, _) = runtime
-            .block_on(clones::clone(&pool.pool, &repo, &clone_of(&snapshot), &context()))
+            .block_on(clones::clone(
+                &pool.pool,
+                &repo,
+                &clone_request("clone", &snapshot),
+                &context(),
+            ))
             .unwrap();
         let is_open = AtomicBool::new(true);
         let door = Arc::new(Door { repo, is_open, knocks: AtomicUsize::new(0) });
@@ -168,20 +174,6 @@ impl Drop for Lab {
         if let Some(agent) = self.agent.take() {
             agent.abort();
         }
-    }
-}
-
-fn clone_of(snapshot: &SnapshotRecord) -> CloneRequest {
-    CloneRequest {
-        name: volume_name("clone"),
-        volume: snapshot.volumes[0].clone(),
-        snapshot: snapshot.clone(),
-        repository: "memory".to_owned(),
-        origin: "memory#e/r/s".to_owned(),
-        ephemeral: false,
-        held: false,
-        size_bytes: None,
-        metadata: Default::default(),
     }
 }
 

@@ -162,7 +162,7 @@ async fn the_first_snapshot_of_a_clone_by_reference_is_incremental() {
 }
 
 /// A clone of the only volume of a snapshot.
-fn clone_request(name: &str, snapshot: &SnapshotRecord) -> CloneRequest {
+pub(super) fn clone_request(name: &str, snapshot: &SnapshotRecord) -> CloneRequest {
     CloneRequest {
         name: volume_name(name),
         volume: snapshot.volumes[0].clone(),

@@ -9,14 +9,12 @@
 //! ```
 //!
 //! A store that is away is asked again and again, and the wants wait; only damage is an answer. While a server is
-//! connected its FUSE descriptor is held here, so that a successor can go on where it was killed ([`End::Died`]).
+//! connected its [`Connection`] holds its FUSE descriptor, so that a successor can go on where it was killed ([`End::Died`]).
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -25,21 +23,16 @@ use bytes::{Buf, Bytes};
 use petra_engine::format::SEGMENT_BYTES;
 use petra_engine::reader::{DamagedRange, Piece, Portion, Reading, Stretch, VolumeReader};
 use petra_engine::{ErrorKind, SnapshotId};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg, sockopt};
-use rustix::process::{PidfdFlags, pidfd_open};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
-use tokio::net::UnixStream;
+use tokio::io::AsyncWriteExt;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::connection::{Connection, End, ended, receive_message};
 use super::hydration::hydrate;
 use super::presence::BLOCK_BYTES;
-use super::server::Inheritance;
-use super::wire::{self, HEADER_BYTES, Header, Hello, MAX_BODY, ToAgent, ToServer};
+use super::wire::{self, MAX_BODY, ToAgent, ToServer};
 use crate::error::{Error, Result};
 
 /// Urgent wants that are read at one time. More wait for their turn.
@@ -50,131 +43,11 @@ const OTHER_READS: usize = 4;
 pub(super) const PIECE_BYTES: u64 = 8 << 20;
 /// Messages that wait for the socket.
 const QUEUE: usize = 8;
-/// What the kernel holds for a server on its way. All of it comes before what is urgent.
-const SEND_BYTES: usize = 2 << 20;
 /// How long hydration makes way for those who wait before it takes one more step.
 const MAKE_WAY: Duration = Duration::from_millis(100);
 /// Between attempts while the store is away.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
-/// How long a server may take to say who it is.
-const HELLO: Duration = Duration::from_secs(10);
-/// How long a dead server's process may take to disappear.
-const DEATH: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
-/// How often is looked for the death of a server that is not served yet.
-const LOOK: Duration = Duration::from_millis(100);
-const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
-
-/// An image server that has said who it is.
-#[derive(Debug)]
-pub struct Connection {
-    stream: UnixStream,
-    hello: Hello,
-    device: OwnedFd,
-    /// The server's process.
-    process: OwnedFd,
-}
-
-impl Connection {
-    /// Takes a connection's first message.
-    pub async fn accept(stream: UnixStream) -> Result<Self> {
-        let accepted = tokio::time::timeout(HELLO, Self::greet(stream)).await;
-        let late = || Err(io::Error::from(io::ErrorKind::TimedOut));
-        accepted.unwrap_or_else(|_| late()).map_err(Error::io("greet", "an image server"))
-    }
-
-    async fn greet(mut stream: UnixStream) -> io::Result<Self> {
-        let pid = sockopt::socket_peercred(&stream)?.pid;
-        let process = pidfd_open(pid, PidfdFlags::empty())?;
-        let mut first = [0; HEADER_BYTES];
-        let (read, device) = loop {
-            stream.readable().await?;
-            match stream.try_io(Interest::READABLE, || receive(&stream, &mut first)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                received => break received?,
-            }
-        };
-        if read == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        stream.read_exact(first.get_mut(read..).unwrap_or_default()).await?;
-        let header = Header::parse(&first).map_err(io::Error::other)?;
-        let mut body = vec![0; header.body_bytes];
-        stream.read_exact(&mut body).await?;
-        let message = ToAgent::decode(header, &body).map_err(io::Error::other)?;
-        let (ToAgent::Hello(hello), Some(device)) = (message, device) else {
-            return Err(io::Error::other("no hello, or no descriptor with it"));
-        };
-        // More than one message, so that neither side waits for each single one. Without CAP_NET_ADMIN it stays as it is.
-        let _ = sockopt::set_socket_send_buffer_size_force(&stream, SEND_BYTES);
-        stream.write_all(&ToServer::Welcome.encode()).await?;
-        Ok(Self { stream, hello, device, process })
-    }
-
-    /// Who it is.
-    pub fn hello(&self) -> &Hello {
-        &self.hello
-    }
-
-    /// The volume that it serves.
-    pub fn volume(&self) -> SnapshotId {
-        self.hello.volume.id
-    }
-
-    /// Waits until the server's process is gone. What it said before is still to be heard.
-    pub async fn dead(&self) -> Result<()> {
-        loop {
-            match poll(&mut [PollFd::new(&self.process, PollFlags::IN)], Some(&NOW)) {
-                Ok(1..) => return Ok(()),
-                Ok(0) | Err(Errno::INTR) => tokio::time::sleep(LOOK).await,
-                Err(error) => return Err(Error::io("watch", "an image server")(error)),
-            }
-        }
-    }
-
-    /// Keeps the connection of a server that is brought nothing, until the server is gone.
-    pub async fn hold(mut self) -> Result<End> {
-        let farewell = async {
-            let mut body = Vec::new();
-            loop {
-                if let ToAgent::Bye = receive_message(&mut self.stream, &mut body).await? {
-                    return Ok(());
-                }
-            }
-        };
-        let read = farewell.await;
-        ended(read, &self.hello, self.device, self.process).await
-    }
-}
-
-/// Receives one message.
-async fn receive_message(
-    input: &mut (impl AsyncReadExt + Unpin),
-    body: &mut Vec<u8>,
-) -> io::Result<ToAgent> {
-    let mut header = [0; HEADER_BYTES];
-    input.read_exact(&mut header).await?;
-    let header = Header::parse(&header).map_err(io::Error::other)?;
-    body.resize(header.body_bytes, 0);
-    input.read_exact(body).await?;
-    ToAgent::decode(header, body).map_err(io::Error::other)
-}
-
-/// Receives the first bytes and the descriptor that comes with them.
-fn receive(stream: &UnixStream, first: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let received = recvmsg(stream.as_fd(), &mut [IoSliceMut::new(first)], &mut control, flags)?;
-    let mut device = None;
-    for message in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(descriptors) = message {
-            device = descriptors.last();
-        }
-    }
-    Ok((received.bytes, device))
-}
-
 /// What happens to a volume that an agent serves.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -249,17 +122,6 @@ pub struct AgentOptions {
     pub events: Arc<dyn AgentEvents>,
 }
 
-/// How a server's connection ended.
-#[derive(Debug)]
-pub enum End {
-    /// The file system was unmounted, and all is durable.
-    Unmounted,
-    /// The server died, or gave up. A successor that gets this goes on where it was, as long as someone holds it.
-    Died(Inheritance),
-    /// The server lives, but let go of the connection: it will connect again.
-    Disconnected,
-}
-
 /// Serves an image server until it is gone.
 pub async fn serve(
     connection: Connection,
@@ -311,31 +173,6 @@ pub async fn serve(
         read = agent.read_all(input, &mut tasks) => read,
     };
     ended(read, &hello, device, process).await
-}
-
-/// How a connection ended after which this was read from it.
-async fn ended(
-    read: io::Result<()>,
-    hello: &Hello,
-    device: OwnedFd,
-    process: OwnedFd,
-) -> Result<End> {
-    match read {
-        Ok(()) => return Ok(End::Unmounted),
-        Err(error) => {
-            tracing::debug!(volume = %hello.volume.id, %error, "the image server is gone");
-        }
-    }
-    // Its descriptors are closed a little before it is dead.
-    let dead = tokio::task::spawn_blocking(move || {
-        poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&DEATH))
-    });
-    match dead.await {
-        Ok(Ok(1..)) => Ok(End::Died(Inheritance { device, negotiated: hello.negotiated })),
-        Ok(Ok(0) | Err(Errno::INTR)) => Ok(End::Disconnected),
-        Ok(Err(error)) => Err(Error::io("watch", "an image server")(error)),
-        Err(_) => Err(Error::Internal("a wait for an image server panicked")),
-    }
 }
 
 /// A message on its way out: its header, and bytes that may be long.

@@ -15,12 +15,14 @@
 //! | [`server`] | the image server: FUSE requests, which of them wait for what, the link to the agent |
 //! | `waits`, `readahead`, `link` | parts of it |
 //! | [`wire`] | the messages between image server and agent |
-//! | [`agent`] | the agent's side: what is wanted first; holding the FUSE descriptor |
+//! | [`connection`] | the agent's side: who connects, the FUSE descriptor, how a connection ends |
+//! | [`agent`] | the agent's side: what is wanted first |
 //! | `hydration` | the agent's side: everything else |
 //!
 //! docs/volumes.md says what survives what.
 
 pub mod agent;
+pub mod connection;
 mod durable;
 mod hydration;
 mod image;
