@@ -182,7 +182,7 @@ async fn a_larger_clone_grows_its_file_system() {
     for filesystem in [Filesystem::Ext4, Filesystem::Xfs, Filesystem::Btrfs] {
         let origin = lab.pool.create(filesystem.as_str(), 320 * MIB, filesystem);
         let mut locked = origin.lock().unwrap();
-        let mut copy = locked.begin_copy().unwrap();
+        let copy = locked.begin_copy().unwrap();
         copy.finish().unwrap();
         let copy = locked.keep_copy(copy, |_| {}).unwrap();
         drop(locked);

@@ -88,7 +88,7 @@ fn volumes(pool: &Path) {
         let mut locked = volume.lock().unwrap();
         let device = locked.attach(false).unwrap().device;
         std::fs::write(&device, vec![7; 1 << 20]).unwrap();
-        let mut copy = locked.begin_copy().unwrap();
+        let copy = locked.begin_copy().unwrap();
         copy.finish().unwrap();
         let copy = locked.keep_copy(copy, |_| {}).unwrap();
         let content = Content::CopyOf(volume.copy(copy));

@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     }
     let mounts: Vec<PathBuf> = arguments[1..].iter().map(PathBuf::from).collect();
     let guard = GuardCommand::new(std::env::current_exe().unwrap(), ["guard"]);
-    let group = FrozenGroup::freeze(&mounts, &guard, Duration::from_secs(60)).unwrap();
+    let group = FrozenGroup::freeze(&mounts, &guard, Duration::from_secs(60), || Ok(())).unwrap();
     println!("frozen");
     std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
     group.thaw().unwrap();

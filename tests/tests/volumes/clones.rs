@@ -106,7 +106,7 @@ fn a_copy_of_a_volume_may_be_larger_but_not_smaller() {
         assert!(matches!(error, Error::Request(_)), "{error}");
 
         // A crash between the copy and its deletion.
-        let rubbish = source.lock().unwrap().begin_copy().and_then(|mut copy| {
+        let rubbish = source.lock().unwrap().begin_copy().and_then(|copy| {
             copy.finish()?;
             copy.publish()
         });

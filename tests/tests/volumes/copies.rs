@@ -194,7 +194,7 @@ fn a_copy_under_a_freeze_never_changes() {
                 let mut taken = vec![];
                 for _ in 0..4 {
                     wait_for_writes();
-                    let mut pending = locked.begin_copy().unwrap();
+                    let pending = locked.begin_copy().unwrap();
                     wait_for_writes();
                     freeze("--freeze");
                     let frozen = written.load(Ordering::Relaxed);
@@ -257,7 +257,7 @@ fn a_copy_under_a_freeze_is_the_image() {
             let mut before = None;
             for round in 0..25 {
                 std::thread::sleep(Duration::from_millis(5));
-                let mut pending = locked.begin_copy().unwrap();
+                let pending = locked.begin_copy().unwrap();
                 std::thread::sleep(Duration::from_millis(5));
                 let frozen = gate.lock().unwrap();
                 pending.finish().unwrap();
@@ -285,7 +285,7 @@ fn a_copy_that_is_given_up() {
         let volume = lab.create("v", 16 * MIB, Filesystem::Ext4);
         let locked = volume.lock().unwrap();
         drop(locked.begin_copy().unwrap());
-        let mut finished = locked.begin_copy().unwrap();
+        let finished = locked.begin_copy().unwrap();
         finished.finish().unwrap();
         drop(finished);
         let left = fs::read_dir(volume.directory().join("copies")).unwrap().count();
@@ -315,7 +315,7 @@ fn a_frozen_file_system_is_copied_whole() {
                 });
                 let _stop = Stop(&stop);
                 std::thread::sleep(Duration::from_millis(200));
-                let mut pending = locked.begin_copy().unwrap();
+                let pending = locked.begin_copy().unwrap();
                 let freeze = |how: &str| {
                     let mut freeze = std::process::Command::new("fsfreeze");
                     assert!(freeze.arg(how).arg(&at).status().unwrap().success());

@@ -67,6 +67,11 @@ fn guard_of(parent: u32) -> rustix::process::Pid {
     panic!("no guard of {parent}");
 }
 
+/// What there is to prepare before a freeze.
+fn nothing() -> petra_volume::Result<()> {
+    Ok(())
+}
+
 fn kill(process: rustix::process::Pid) {
     rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
 }
@@ -79,7 +84,7 @@ fn a_group_stands_still_while_it_is_frozen() {
         return;
     }
     let all: Vec<&Disk> = disks.iter().collect();
-    let (waiting, pause) = while_frozen(&mounts(&all), &guard(), LONG, || {
+    let (waiting, pause) = while_frozen(&mounts(&all), &guard(), LONG, nothing, || {
         let waiting: Vec<_> = disks.iter().map(|disk| write(disk.path())).collect();
         thread::sleep(MOMENT);
         assert!(waiting.iter().all(|written| written.try_recv().is_err()));
@@ -96,18 +101,20 @@ fn a_group_stands_still_while_it_is_frozen() {
 fn one_file_system_named_twice_is_frozen_once() {
     let Some(disk) = Disk::make("ext4", SIZE) else { return };
     let twice = [disk.path().to_owned(), disk.path().join("lost+found/..")];
-    while_frozen(&twice, &guard(), LONG, || Ok(())).unwrap();
+    while_frozen(&twice, &guard(), LONG, nothing, || Ok(())).unwrap();
     assert!(!is_frozen(&disk));
 }
 
 #[test]
 fn work_that_fails_or_panics_leaves_nothing_frozen() {
     let Some(disk) = Disk::make("xfs", SIZE) else { return };
-    let failed = while_frozen::<()>(&mounts(&[&disk]), &guard(), LONG, || Err(Error::Cancelled));
+    let failed =
+        while_frozen::<()>(&mounts(&[&disk]), &guard(), LONG, nothing, || Err(Error::Cancelled));
     assert!(matches!(failed, Err(Error::Cancelled)), "{failed:?}");
     assert!(!is_frozen(&disk));
     let panicked = thread::scope(|scope| {
-        let work = || while_frozen::<()>(&mounts(&[&disk]), &guard(), LONG, || panic!("a test"));
+        let work =
+            || while_frozen::<()>(&mounts(&[&disk]), &guard(), LONG, nothing, || panic!("a test"));
         scope.spawn(work).join()
     });
     assert!(panicked.is_err());
@@ -160,7 +167,7 @@ fn copies_that_take_too_long_are_not_one_point_in_time() {
     let (Some(a), Some(b)) = (Disk::make("ext4", SIZE), Disk::make("xfs", SIZE)) else { return };
     let limit = Duration::from_millis(200);
     let begun = Instant::now();
-    let result = while_frozen(&mounts(&[&a, &b]), &guard(), limit, || {
+    let result = while_frozen(&mounts(&[&a, &b]), &guard(), limit, nothing, || {
         write(a.path()).recv_timeout(Duration::from_secs(2)).unwrap();
         write(b.path()).recv_timeout(Duration::from_secs(2)).unwrap();
         Ok(())
@@ -180,7 +187,7 @@ fn someone_elses_freeze_stays() {
         assert!(status.success());
     };
     freeze("--freeze");
-    let error = FrozenGroup::freeze(&mounts(&[&a, &b]), &guard(), LONG).unwrap_err();
+    let error = FrozenGroup::freeze(&mounts(&[&a, &b]), &guard(), LONG, nothing).unwrap_err();
     assert!(matches!(error, Error::InUse { .. }), "{error}");
     assert!(is_frozen(&a));
     assert!(!is_frozen(&b));
@@ -194,7 +201,7 @@ fn a_guard_that_can_not_be_started_freezes_nothing() {
     let none = GuardCommand::new("/no/such/program", ["guard"]);
     let other = GuardCommand::new("/bin/echo", ["something else"]);
     for (command, words) in [(none, "/no/such/program"), (other, "something else")] {
-        let error = FrozenGroup::freeze(&mounts(&[&disk]), &command, LONG).unwrap_err();
+        let error = FrozenGroup::freeze(&mounts(&[&disk]), &command, LONG, nothing).unwrap_err();
         assert!(error.to_string().contains(words), "{error}");
         assert!(!is_frozen(&disk));
     }

@@ -25,7 +25,7 @@ pub fn write(path: &Path, bytes: &[u8]) {
 
 /// A copy of a locked volume that stays.
 pub fn copy(locked: &mut LockedVolume) -> SnapshotId {
-    let mut copy = locked.begin_copy().unwrap();
+    let copy = locked.begin_copy().unwrap();
     copy.finish().unwrap();
     locked.keep_copy(copy, |_| {}).unwrap()
 }

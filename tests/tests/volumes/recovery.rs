@@ -50,12 +50,12 @@ fn what_was_half_made_or_deleted_goes() {
         backend.create(&pool.root().join("new/1/live"), MIB).unwrap();
         backend.create(&whole.join("live"), MIB).unwrap();
         fs::create_dir(whole.join("copies")).unwrap();
-        let mut pending = backend.begin_copy(&whole.join("live"), &whole.join("copies/1")).unwrap();
+        let pending = backend.begin_copy(&whole.join("live"), &whole.join("copies/1")).unwrap();
         pending.finish().unwrap();
         pending.publish().unwrap();
         // Copies that nobody noted, whole and half, and a noted one that is gone.
         let copies = volume.directory().join("copies");
-        let mut pending = backend.begin_copy(&volume.live(), &copies.join("whole")).unwrap();
+        let pending = backend.begin_copy(&volume.live(), &copies.join("whole")).unwrap();
         pending.finish().unwrap();
         pending.publish().unwrap();
         fs::create_dir(copies.join("half")).unwrap();

@@ -8,12 +8,17 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::IFlags;
 
 use super::{Backend, BackendKind, IMAGE, PendingCopy, new_file};
 use crate::error::{Error, Result};
 use crate::sys::{btrfs, files};
+
+/// Between two looks whether the cleaner has ended.
+const SETTLE_STEP: Duration = Duration::from_millis(20);
 
 /// See the module.
 #[derive(Clone, Copy, Debug)]
@@ -40,15 +45,24 @@ impl Backend for Btrfs {
 
     fn begin_copy(&self, live: &Path, copy: &Path) -> Result<Box<dyn PendingCopy>> {
         let top = File::open(live).map_err(Error::io("open", live))?;
-        // A snapshot is taken by the commit of a transaction, with all else that is in it: what has gathered is committed
-        // now rather than in the freeze. Not by BTRFS_IOC_SYNC, which wakes the cleaner.
-        rustix::fs::syncfs(&top).map_err(Error::io("sync", live))?;
         Ok(Box::new(Pending { live: top, copy: copy.to_owned(), published: false }))
     }
 
     fn clone_from_copy(&self, copy: &Path, live: &Path) -> Result<()> {
         let top = File::open(copy).map_err(Error::io("open", copy))?;
         btrfs::snapshot(&top, live, false).map_err(Error::io("make a snapshot as", live))
+    }
+
+    fn settle(&self, pool: &Path, limit: Duration) -> Result<()> {
+        let top = File::open(pool).map_err(Error::io("open", pool))?;
+        let begun = Instant::now();
+        while begun.elapsed() < limit
+            && btrfs::is_cleaning(&top)
+                .map_err(Error::io("look for deleted subvolumes in", pool))?
+        {
+            thread::sleep(SETTLE_STEP);
+        }
+        Ok(())
     }
 
     fn reclaim(&self, pool: &Path) -> Result<()> {
@@ -80,7 +94,13 @@ struct Pending {
 }
 
 impl PendingCopy for Pending {
-    fn finish(&mut self) -> Result<()> {
+    fn refresh(&self) -> Result<()> {
+        // A snapshot is taken by the commit of a transaction, with all else that is in it: what has gathered is committed
+        // now rather than in the freeze. Not by BTRFS_IOC_SYNC, which wakes the cleaner.
+        rustix::fs::syncfs(&self.live).map_err(Error::io("sync", &self.copy))
+    }
+
+    fn finish(&self) -> Result<()> {
         btrfs::snapshot(&self.live, &self.copy, true)
             .map_err(Error::io("make a snapshot as", &self.copy))
     }

@@ -2,8 +2,8 @@
 //!
 //! A *live* directory holds one file, `image`, that someone may be writing to. A *copy* is a directory with an `image`
 //! that never changes. btrfs copies at once; XFS takes time that grows with the number of extents. So a copy has two
-//! steps: [`Backend::begin_copy`], which may take long, and [`PendingCopy::finish`], which is quick and made while the
-//! image's file system is frozen.
+//! steps: [`Backend::begin_copy`] and [`PendingCopy::refresh`], which may take long, and [`PendingCopy::finish`], which is
+//! quick and made while the image's file system is frozen.
 
 mod btrfs;
 mod precopy;
@@ -12,6 +12,7 @@ mod xfs;
 use std::fmt;
 use std::fs::File;
 use std::path::Path;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +76,10 @@ pub trait Backend: Send + Sync + fmt::Debug {
     /// Makes a live directory from a copy: writable, and by reference.
     fn clone_from_copy(&self, copy: &Path, live: &Path) -> Result<()>;
 
+    /// Waits until the kernel has given back the room of what was deleted before, but at most this long. While it does that,
+    /// [`PendingCopy::finish`] takes several times as long.
+    fn settle(&self, pool: &Path, limit: Duration) -> Result<()>;
+
     /// Hurries the kernel on to give back the room of what was deleted.
     fn reclaim(&self, pool: &Path) -> Result<()>;
 
@@ -83,10 +88,14 @@ pub trait Backend: Send + Sync + fmt::Debug {
 }
 
 /// A copy that is not there yet. Dropping it removes what there is of it.
-pub trait PendingCopy: Send + fmt::Debug {
+pub trait PendingCopy: Send + Sync + fmt::Debug {
+    /// Does what there has come to do since the copy was begun, so that less of it is left for
+    /// [`finish`](Self::finish), which follows at once.
+    fn refresh(&self) -> Result<()>;
+
     /// Takes the copy: its bytes are those of the image at one moment during this call. Writers that are not frozen may
     /// have to wait. The copy may not survive a crash before [`publish`](Self::publish).
-    fn finish(&mut self) -> Result<()>;
+    fn finish(&self) -> Result<()>;
 
     /// Makes the copy durable and guards it against changes. Called once, after [`finish`](Self::finish) and the thaw.
     fn publish(self: Box<Self>) -> Result<()>;

@@ -55,6 +55,11 @@ impl Precopy {
         Ok(precopy)
     }
 
+    /// Copies what was written since, while more is written.
+    pub(super) fn refresh(&self) -> io::Result<()> {
+        self.round(PIECE_BYTES).map(|_| ())
+    }
+
     /// Copies what has changed since, all at one point in time.
     pub(super) fn finish(&self) -> io::Result<()> {
         let now = self.live.metadata()?.len();

@@ -6,8 +6,10 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use rustix::fs::IFlags;
+use rustix::fs::{FallocateFlags, IFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
 
 use super::precopy::Precopy;
 use super::{Backend, BackendKind, IMAGE, PendingCopy, new_file, open_image};
@@ -15,6 +17,8 @@ use crate::error::{Error, Result};
 use crate::sys::{files, reflink};
 
 const PARTIAL: &str = "image.partial";
+/// How much is cut out of a file at once.
+const EMPTY_STEP_BYTES: u64 = 64 << 20;
 
 /// See the module.
 #[derive(Clone, Copy, Debug)]
@@ -62,21 +66,28 @@ impl Backend for Xfs {
         files::sync_directory(live).map_err(Error::io("sync", live))
     }
 
+    fn settle(&self, _pool: &Path, _limit: Duration) -> Result<()> {
+        // A deletion gives all room back before it returns.
+        Ok(())
+    }
+
     fn reclaim(&self, pool: &Path) -> Result<()> {
-        // What is unlinked is freed in the background; a sync waits for that.
         let top = File::open(pool).map_err(Error::io("open", pool))?;
         rustix::fs::syncfs(&top).map_err(Error::io("sync", pool))
     }
 
     fn delete(&self, dir: &Path) -> Result<()> {
-        for name in [IMAGE, PARTIAL] {
-            let path = dir.join(name);
-            match File::open(&path) {
-                Ok(image) => files::clear_flag(&image, IFlags::IMMUTABLE)
-                    .map_err(Error::io("make deletable", &path))?,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Error::io("open", path)(error)),
-            }
+        let (path, partial) = (dir.join(IMAGE), dir.join(PARTIAL));
+        if let Some(image) = open_if_there(&path)? {
+            files::clear_flag(&image, IFlags::IMMUTABLE)
+                .map_err(Error::io("make deletable", &path))?;
+            // Whoever finds half of it after a crash is not to take it for whole.
+            std::fs::rename(&path, &partial).map_err(Error::io("rename", &path))?;
+        }
+        if let Some(image) = open_if_there(&partial)? {
+            files::clear_flag(&image, IFlags::IMMUTABLE)
+                .map_err(Error::io("make deletable", &partial))?;
+            empty(&partial).map_err(Error::io("empty", &partial))?;
         }
         match std::fs::remove_dir_all(dir) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -84,6 +95,32 @@ impl Backend for Xfs {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Gives back the room of a file, in steps between which others get their turn. Were the file only unlinked, the kernel
+/// would do it in the background and all at once, at any time: in the midst of a freeze maybe.
+fn empty(path: &Path) -> io::Result<()> {
+    let file = File::options().write(true).open(path)?;
+    let mut at = 0;
+    loop {
+        at = match seek(&file, SeekFrom::Data(at)) {
+            Ok(data) => data / EMPTY_STEP_BYTES * EMPTY_STEP_BYTES,
+            // There is no more.
+            Err(Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&file, hole, at, EMPTY_STEP_BYTES)?;
+        at += EMPTY_STEP_BYTES;
+    }
+}
+
+fn open_if_there(path: &Path) -> Result<Option<File>> {
+    match File::open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io("open", path)(error)),
     }
 }
 
@@ -95,7 +132,11 @@ struct Pending {
 }
 
 impl PendingCopy for Pending {
-    fn finish(&mut self) -> Result<()> {
+    fn refresh(&self) -> Result<()> {
+        self.precopy.refresh().map_err(Error::io("copy to", self.copy.join(PARTIAL)))
+    }
+
+    fn finish(&self) -> Result<()> {
         self.precopy.finish().map_err(Error::io("copy to", self.copy.join(PARTIAL)))
     }
 

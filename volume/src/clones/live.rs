@@ -17,6 +17,7 @@ use super::larger;
 use crate::error::{Error, Result};
 use crate::freeze::{GuardCommand, while_frozen};
 use crate::pool::{Content, CreateRequest, Pool};
+use crate::snapshot::SETTLE;
 use crate::volume::{LockedVolume, Volume};
 
 /// A volume to make from another one.
@@ -47,19 +48,26 @@ pub fn copy(pool: &Pool, request: &CopyRequest) -> Result<Volume> {
         let (name, within) = (request.name.to_string(), pool.to_string());
         return Err(Error::Exists { what: "volume", name, within });
     }
-    let mut copy = source.begin_copy()?;
+    pool.backend().settle(pool.root(), SETTLE)?;
+    let copy = source.begin_copy()?;
     let volume = source.volume();
     let mount = volume.mounts()?.into_iter().next();
     let device = volume.attachment()?.map(|attachment| attachment.device);
     let mounts: Vec<_> = mount.into_iter().collect();
-    while_frozen(&mounts, &request.guard, request.limit, || {
-        if let (true, Some(device)) = (mounts.is_empty(), &device) {
-            // Someone may write to the device itself. What he wrote before is to be in the copy.
-            let synced = File::open(device).and_then(|file| file.sync_all());
-            synced.map_err(Error::io("sync", device))?;
-        }
-        copy.finish()
-    })?;
+    while_frozen(
+        &mounts,
+        &request.guard,
+        request.limit,
+        || copy.refresh(),
+        || {
+            if let (true, Some(device)) = (mounts.is_empty(), &device) {
+                // Someone may write to the device itself. What he wrote before is to be in the copy.
+                let synced = File::open(device).and_then(|file| file.sync_all());
+                synced.map_err(Error::io("sync", device))?;
+            }
+            copy.finish()
+        },
+    )?;
     let copy = volume.copy(copy.publish()?);
     let made = create_request(&source, request, Content::CopyOf(copy.clone()))
         .and_then(|create| pool.create(create));

@@ -10,8 +10,8 @@
 //! | nobody, but the copies take too long | the guard, after a time limit; the copies are then worthless, which shows when thawing them |
 //!
 //! A freeze writes out what is dirty first, and that is what takes time. So each file system is synced twice before:
-//! once for what is dirty now, and once for what became dirty meanwhile. All are synced and frozen at the same time,
-//! so that a group waits for its slowest and not for the sum.
+//! once for what is dirty now, and once for what became dirty meanwhile. Between the two the caller may do of its work what
+//! needs no freeze. All are synced and frozen at the same time, so that a group waits for its slowest and not for the sum.
 
 mod guard;
 
@@ -101,11 +101,16 @@ pub struct FrozenGroup {
 
 impl FrozenGroup {
     /// Syncs and freezes the file systems that are mounted at these places. `command` starts a guard, which thaws them
-    /// after `limit`.
+    /// after `limit`. `prepare` is called in between, when little is dirty any more.
     ///
     /// Errors: [`Error::InUse`] where a file system is frozen already, [`Error::Unsupported`] where it can't be, and
-    /// what the kernel says. Then none of them is frozen by this.
-    pub fn freeze(mounts: &[PathBuf], command: &GuardCommand, limit: Duration) -> Result<Self> {
+    /// what the kernel and `prepare` say. Then none of them is frozen by this.
+    pub fn freeze(
+        mounts: &[PathBuf],
+        command: &GuardCommand,
+        limit: Duration,
+        prepare: impl FnOnce() -> Result<()>,
+    ) -> Result<Self> {
         let mut opened: Vec<Mount> = Vec::with_capacity(mounts.len());
         for path in mounts {
             let mount = Mount::open(path)?;
@@ -114,11 +119,12 @@ impl FrozenGroup {
                 opened.push(mount);
             }
         }
-        for _ in 0..2 {
-            at_once(&opened, Mount::sync).into_iter().collect::<Result<()>>()?;
-        }
+        let sync = || at_once(&opened, Mount::sync).into_iter().collect::<Result<()>>();
+        sync()?;
         let paths = opened.iter().map(|mount| mount.path.as_path());
         let guard = Guard::start(command, paths, limit)?;
+        prepare()?;
+        sync()?;
         let since = Instant::now();
         let results = at_once(&opened, Mount::freeze);
         let mut group = Self { frozen: Vec::with_capacity(opened.len()), guard, since };
@@ -180,18 +186,19 @@ impl Drop for FrozenGroup {
     }
 }
 
-/// Does some work while file systems are frozen, and gives the length of the pause too. Where the result is an error,
-/// what the work made is worthless, and the file systems are not frozen.
+/// Does some work while file systems are frozen, after some that needs no freeze, and gives the length of the pause too.
+/// Where the result is an error, what the work made is worthless, and the file systems are not frozen.
 pub fn while_frozen<T>(
     mounts: &[PathBuf],
     command: &GuardCommand,
     limit: Duration,
+    prepare: impl FnOnce() -> Result<()>,
     work: impl FnOnce() -> Result<T>,
 ) -> Result<(T, Duration)> {
     if mounts.is_empty() {
         return Ok((work()?, Duration::ZERO));
     }
-    let group = FrozenGroup::freeze(mounts, command, limit)?;
+    let group = FrozenGroup::freeze(mounts, command, limit, prepare)?;
     let result = work();
     let pause = group.thaw();
     let result = result?;

@@ -201,7 +201,7 @@ impl Pool {
             Content::CopyOf(copy) => {
                 self.backend().clone_from_copy(copy, &live)?;
                 if let Some(base) = &draft.state.base {
-                    let mut own =
+                    let own =
                         self.backend().begin_copy(copy, &copies.join(base.copy.to_string()))?;
                     own.finish()?;
                     own.publish()?;

@@ -25,6 +25,7 @@ mod upload;
 pub use hook::Hook;
 pub use resolve::{MAX_ATTEMPTS, resolve};
 pub use state::{Target, UploadState, UploadVolume, upload_state};
+pub(crate) use take::SETTLE;
 pub use take::{GroupRequest, Taken, take};
 pub use upload::{
     Upload, discard, discard_unfinished, is_being_done, pending, sector_bytes_of, upload_of,

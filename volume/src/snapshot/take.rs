@@ -19,6 +19,9 @@ use crate::pool::{Pool, state};
 use crate::sys::files;
 use crate::volume::{LockedVolume, NewCopy};
 
+/// The longest wait for deletions that are under way: a later snapshot is better than a long pause.
+pub(crate) const SETTLE: Duration = Duration::from_secs(20);
+
 /// What to take a snapshot of.
 #[derive(Clone, Debug)]
 pub struct GroupRequest {
@@ -72,7 +75,7 @@ impl Part {
     }
 
     /// Takes the copy. A mounted file system is frozen meanwhile.
-    fn finish(&mut self) -> Result<()> {
+    fn finish(&self) -> Result<()> {
         if let (None, Some(device)) = (&self.mount, &self.device) {
             // Someone may write to the device itself. What he wrote before is to be in the copy.
             let opened = File::open(device).and_then(|file| file.sync_all());
@@ -85,11 +88,13 @@ impl Part {
 /// Takes copies of some volumes at one point in time, and notes that they are to be uploaded. After an error no copy is
 /// left. Blocks.
 pub fn take(pool: &Pool, request: &GroupRequest) -> Result<Taken> {
-    let mut parts = begin(pool, request)?;
+    pool.backend().settle(pool.root(), SETTLE)?;
+    let parts = begin(pool, request)?;
     let run = |hook: &Option<Hook>| hook.as_ref().map_or(Ok(()), Hook::run);
     let mounts: Vec<PathBuf> = parts.iter().filter_map(|part| part.mount.clone()).collect();
     let frozen = run(&request.before).and_then(|()| {
-        while_frozen(&mounts, &request.guard, request.limit, || finish_all(&mut parts))
+        let refresh = || parts.iter().try_for_each(|part| part.copy.refresh());
+        while_frozen(&mounts, &request.guard, request.limit, refresh, || finish_all(&parts))
     });
     let hook_failure = run(&request.after).err();
     let ((), pause) = frozen?;
@@ -125,13 +130,13 @@ fn begin(pool: &Pool, request: &GroupRequest) -> Result<Vec<Part>> {
 }
 
 /// Takes all copies at the same time: the slowest one is waited for, and not the sum.
-fn finish_all(parts: &mut [Part]) -> Result<()> {
+fn finish_all(parts: &[Part]) -> Result<()> {
     if let [part] = parts {
         return part.finish();
     }
     thread::scope(|scope| {
         let threads: Vec<_> = parts
-            .iter_mut()
+            .iter()
             .map(|part| thread::Builder::new().spawn_scoped(scope, || part.finish()))
             .collect();
         let mut result = Ok(());

@@ -9,15 +9,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::io::Errno;
-use rustix::ioctl::{NoArg, Opcode, Setter, ioctl, opcode};
+use rustix::ioctl::{NoArg, Opcode, Setter, Updater, ioctl, opcode};
 
 const SUBVOL_CREATE: Opcode = opcode::write::<Arguments>(0x94, 14);
 const SNAP_DESTROY: Opcode = opcode::write::<Arguments>(0x94, 15);
 const SNAP_CREATE_V2: Opcode = opcode::write::<ArgumentsV2>(0x94, 23);
 const SYNC: Opcode = opcode::none(0x94, 8);
+const TREE_SEARCH: Opcode = opcode::read_write::<Search>(0x94, 17);
 const RESIZE: Opcode = opcode::write::<Arguments>(0x94, 3);
 
 const READ_ONLY: u64 = 1 << 1;
+/// The tree that lists all other trees.
+const ROOT_TREE: u64 = 1;
+/// The key of what is to be cleaned up: here, of deleted subvolumes.
+const ORPHANS: (u64, u32) = (-5_i64 as u64, 48);
 /// The inode number of every subvolume's top directory.
 const TOP_INODE: u64 = 256;
 
@@ -36,6 +41,20 @@ struct ArgumentsV2 {
     flags: u64,
     unused: [u64; 4],
     name: [u8; 4040],
+}
+
+/// `struct btrfs_ioctl_search_args`.
+#[repr(C)]
+struct Search {
+    tree: u64,
+    objects: [u64; 2],
+    offsets: [u64; 2],
+    transactions: [u64; 2],
+    kinds: [u32; 2],
+    /// How many items at most, then how many there are.
+    items: u32,
+    unused: [u32; 9],
+    found: [u8; 3992],
 }
 
 /// A name with zeros behind it, as the kernel takes it.
@@ -100,6 +119,24 @@ pub(crate) fn sync(top: &File) -> io::Result<()> {
     Ok(unsafe { ioctl(top, NoArg::<SYNC>::new()) }?)
 }
 
+/// True while subvolumes that were deleted still take room.
+pub(crate) fn is_cleaning(top: &File) -> io::Result<bool> {
+    let (object, kind) = ORPHANS;
+    let mut search = Search {
+        tree: ROOT_TREE,
+        objects: [object; 2],
+        offsets: [0, u64::MAX],
+        transactions: [0, u64::MAX],
+        kinds: [kind; 2],
+        items: 1,
+        unused: [0; 9],
+        found: [0; 3992],
+    };
+    // SAFETY: the opcode takes this structure and writes no more than its length.
+    unsafe { ioctl(top, Updater::<TREE_SEARCH, _>::new(&mut search)) }?;
+    Ok(search.items > 0)
+}
+
 /// Makes a mounted btrfs on one device as large as the device.
 pub(crate) fn grow_to_device(top: &File) -> io::Result<()> {
     let arguments = Arguments { fd: 0, name: name(OsStr::new("1:max"))? };
@@ -113,7 +150,8 @@ mod tests {
 
     #[test]
     fn structures_have_the_kernels_size() {
-        assert_eq!((size_of::<Arguments>(), size_of::<ArgumentsV2>()), (4096, 4096));
+        let sizes = [size_of::<Arguments>(), size_of::<ArgumentsV2>(), size_of::<Search>()];
+        assert_eq!(sizes, [4096; 3]);
     }
 
     #[test]

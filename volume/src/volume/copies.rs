@@ -22,8 +22,13 @@ impl NewCopy {
         self.id
     }
 
+    /// See [`PendingCopy::refresh`].
+    pub fn refresh(&self) -> Result<()> {
+        self.pending.refresh()
+    }
+
     /// See [`PendingCopy::finish`].
-    pub fn finish(&mut self) -> Result<()> {
+    pub fn finish(&self) -> Result<()> {
         self.pending.finish()
     }
 
