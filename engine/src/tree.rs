@@ -49,6 +49,17 @@ pub struct Segments {
 
 /// Reads the nodes of a volume. Damage is collected in the result; other errors end the call.
 pub async fn segments(repo: &Repository, volume: &VolumeRecord, ctx: &Context) -> Result<Segments> {
+    segments_from(repo, volume, 0, ctx).await
+}
+
+/// The same from the byte `start` on: nodes of which all lies before it are not read, and their leaves are
+/// [`Child::Zero`].
+pub(crate) async fn segments_from(
+    repo: &Repository,
+    volume: &VolumeRecord,
+    start: u64,
+    ctx: &Context,
+) -> Result<Segments> {
     let (root, mut level) = volume.root();
     let mut found = Segments::default();
     let mut children = vec![root];
@@ -56,6 +67,10 @@ pub async fn segments(repo: &Repository, volume: &VolumeRecord, ctx: &Context) -
         let child_bytes = node::child_bytes(level);
         let node_bytes = node::child_bytes(level + 1);
         let total = volume.len_bytes.div_ceil(child_bytes);
+        let before = usize::try_from(start / node_bytes).unwrap_or(usize::MAX);
+        for child in children.iter_mut().take(before) {
+            *child = Child::Zero;
+        }
         // By value: with references in it the future would not be Send for every lifetime.
         let read = children.iter().copied().enumerate().map(|(n, child)| async move {
             let before = n as u64 * FAN_OUT as u64;

@@ -1,11 +1,12 @@
 //! The service SnapshotMetadata: what a snapshot holds, and what has changed since another, from manifests alone. Any node
 //! can answer, at any time.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::pin::Pin;
 
 use futures::{Stream, stream};
-use petra_engine::diff::diff;
+use petra_engine::diff::Differences;
 use petra_engine::format::node::Child;
 use petra_engine::record::VolumeRecord;
 use tonic::Status;
@@ -27,11 +28,15 @@ const MAX_MESSAGE_RANGES: usize = 1 << 16;
 /// The messages of a stream.
 pub(super) type Messages<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// Ranges of a volume, as both calls answer.
+/// Ranges of a volume, as both calls answer. They are found while they are sent.
 pub(super) struct Ranges {
     pub size_bytes: i64,
     pub r#type: BlockMetadataType,
-    ranges: Vec<Range<u64>>,
+    differences: Differences,
+    blocks: Blocks,
+    /// Found, and not sent yet: those of one part of the manifests, and fewer than a message holds.
+    ready: VecDeque<Range<u64>>,
+    is_at_end: bool,
     per_message: usize,
 }
 
@@ -41,19 +46,38 @@ impl Ranges {
         self,
         message: impl Fn(Vec<BlockMetadata>) -> T + Send + 'static,
     ) -> Messages<T> {
-        let block = |range: &Range<u64>| BlockMetadata {
+        let state = (self, message, true);
+        Box::pin(stream::try_unfold(state, |(mut ranges, message, is_first)| async move {
+            let some = ranges.next().await?;
+            if some.is_empty() && !is_first {
+                return Ok(None);
+            }
+            let said = message(some);
+            Ok(Some((said, (ranges, message, false))))
+        }))
+    }
+
+    /// What the next message holds; nothing after the last.
+    async fn next(&mut self) -> Result<Vec<BlockMetadata>, Status> {
+        while self.ready.len() < self.per_message && !self.is_at_end {
+            match self.differences.next().await.map_err(failure::of_engine)? {
+                Some(ranges) => {
+                    for range in ranges {
+                        self.ready.extend(self.blocks.take(range.start..range.end));
+                    }
+                }
+                None => {
+                    self.is_at_end = true;
+                    self.ready.extend(self.blocks.last.take());
+                }
+            }
+        }
+        let count = self.ready.len().min(self.per_message);
+        let block = |range: Range<u64>| BlockMetadata {
             byte_offset: signed(range.start),
             size_bytes: signed(range.end - range.start),
         };
-        let mut messages: Vec<Vec<BlockMetadata>> = self
-            .ranges
-            .chunks(self.per_message)
-            .map(|some| some.iter().map(block).collect())
-            .collect();
-        if messages.is_empty() {
-            messages.push(vec![]);
-        }
-        Box::pin(stream::iter(messages.into_iter().map(move |blocks| Ok(message(blocks)))))
+        Ok(self.ready.drain(..count).map(block).collect())
     }
 }
 
@@ -117,31 +141,41 @@ impl Controller {
             Err(_) => return Err(Status::invalid_argument("max_results is negative")),
         };
         let repository = &found.opened.repository;
-        let changed =
-            diff(repository, before, after, &self.ctx).await.map_err(failure::of_engine)?;
-        let changed = changed.ranges.into_iter().map(|range| range.start..range.end);
+        let differences = Differences::begin(repository, before, after, from, &self.ctx).await;
         Ok(Ranges {
             size_bytes: signed(len_bytes),
             r#type: BlockMetadataType::VariableLength,
-            ranges: blocks(changed, len_bytes, from),
+            differences: differences.map_err(failure::of_engine)?,
+            blocks: Blocks { len_bytes, from, last: None },
+            ready: VecDeque::new(),
+            is_at_end: false,
             per_message,
         })
     }
 }
 
-/// Whole blocks that hold some ranges, which are in order, from an offset on.
-fn blocks(ranges: impl Iterator<Item = Range<u64>>, len_bytes: u64, from: u64) -> Vec<Range<u64>> {
-    let mut blocks: Vec<Range<u64>> = vec![];
-    for range in ranges {
-        let start = (range.start / BLOCK_BYTES * BLOCK_BYTES).max(from);
-        let end = range.end.next_multiple_of(BLOCK_BYTES).min(len_bytes);
-        match blocks.last_mut() {
-            _ if start >= end => {}
-            Some(last) if start <= last.end => last.end = last.end.max(end),
-            _ => blocks.push(start..end),
+/// Makes whole blocks of ranges that come in order, from an offset on.
+struct Blocks {
+    len_bytes: u64,
+    from: u64,
+    /// The next range may go on where this one ends.
+    last: Option<Range<u64>>,
+}
+
+impl Blocks {
+    /// Takes a range, and gives what is complete by that.
+    fn take(&mut self, range: Range<u64>) -> Option<Range<u64>> {
+        let start = (range.start / BLOCK_BYTES * BLOCK_BYTES).max(self.from);
+        let end = range.end.next_multiple_of(BLOCK_BYTES).min(self.len_bytes);
+        match &mut self.last {
+            _ if start >= end => None,
+            Some(last) if start <= last.end => {
+                last.end = last.end.max(end);
+                None
+            }
+            last => last.replace(start..end),
         }
     }
-    blocks
 }
 
 #[cfg(test)]
@@ -151,10 +185,16 @@ mod tests {
     #[test]
     #[expect(clippy::single_range_in_vec_init, reason = "a list of ranges is what is meant")]
     fn ranges_become_blocks() {
-        let ranges = [1..2, 4000..4100, 8192..8193, 20_000..20_001].into_iter();
-        assert_eq!(blocks(ranges.clone(), 20_001, 0), [0..12_288, 16_384..20_001]);
-        assert_eq!(blocks(ranges.clone(), 20_001, 8193), [8193..12_288, 16_384..20_001]);
-        assert_eq!(blocks(ranges.clone(), 20_001, 13_000), [16_384..20_001]);
-        assert_eq!(blocks(ranges, 20_001, 20_001), Vec::<Range<u64>>::new());
+        let blocks = |from: u64| {
+            let mut blocks = Blocks { len_bytes: 20_001, from, last: None };
+            let ranges = [1..2, 4000..4100, 8192..8193, 20_000..20_001].into_iter();
+            let mut all: Vec<_> = ranges.filter_map(|range| blocks.take(range)).collect();
+            all.extend(blocks.last);
+            all
+        };
+        assert_eq!(blocks(0), [0..12_288, 16_384..20_001]);
+        assert_eq!(blocks(8193), [8193..12_288, 16_384..20_001]);
+        assert_eq!(blocks(13_000), [16_384..20_001]);
+        assert_eq!(blocks(20_001), Vec::<Range<u64>>::new());
     }
 }

@@ -10,6 +10,7 @@ mod collect;
 mod compact;
 mod copy;
 mod damage;
+mod differences;
 mod encryption;
 mod faults;
 mod fixtures;
