@@ -1,5 +1,7 @@
 //! The pin of a clone: what keeps a snapshot readable while a volume is made from it (docs/protocol.md, "Clone").
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::id::SnapshotId;
@@ -35,7 +37,7 @@ impl ClonePin {
     ) -> Result<Self> {
         repo.ready_to_write(ctx).await?;
         let pin = Self { repo: repo.clone(), id, snapshot };
-        let result = pin.put(ctx).await;
+        let result = pin.put(BTreeMap::new(), ctx).await;
         if result.is_err() {
             // The pin may be there although its answer was lost, and no one would ever end it.
             let _ = pin.end(ctx).await;
@@ -43,15 +45,31 @@ impl ClonePin {
         result.map(|()| pin)
     }
 
+    /// The same with an id that is made of a name, so that whoever repeats the call takes the same pin. It must not be
+    /// there: see [`find`](Self::find), and calls for one id must not overlap. `metadata` says what it is for.
+    ///
+    /// After an error it is not ended, since that is for good, and the call could never succeed again. It is taken back,
+    /// as far as the store can be reached; if it stays, the next call finds it.
+    pub async fn take_named(
+        repo: &Repository,
+        id: SnapshotId,
+        snapshot: SnapshotId,
+        metadata: BTreeMap<String, String>,
+        ctx: &Context,
+    ) -> Result<Self> {
+        repo.ready_to_write(ctx).await?;
+        let pin = Self { repo: repo.clone(), id, snapshot };
+        let result = pin.put(metadata, ctx).await;
+        if result.is_err() {
+            // Nobody has read by it: it is as if it had never been.
+            let _ = repo.store().delete(&Key::pin(id, 0)).await;
+        }
+        result.map(|()| pin)
+    }
+
     /// The pin of this id that an earlier call has taken, of whatever snapshot. Calls for one id must not overlap.
     pub async fn find(repo: &Repository, id: SnapshotId) -> Result<Option<Self>> {
-        let key = Key::pin(id, 0);
-        let body = match repo.store().get(&key).await {
-            Ok(body) => body,
-            Err(error) if error.is_not_found() => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let pinned: Pin = repo.unseal(kind::PIN, &key, &body)?;
+        let Some(pinned) = repo.pin(id).await? else { return Ok(None) };
         let Some(snapshot) = pinned.snapshots.first() else { return Ok(None) };
         let pin = Self::taken(repo, id, *snapshot);
         // The earlier call may have died before it asked this.
@@ -64,10 +82,10 @@ impl ClonePin {
         Self { repo: repo.clone(), id, snapshot }
     }
 
-    async fn put(&self, ctx: &Context) -> Result<()> {
+    async fn put(&self, metadata: BTreeMap<String, String>, ctx: &Context) -> Result<()> {
         ctx.check()?;
         let snapshots = vec![self.snapshot];
-        let pin = Pin { stamp: stamp(ctx), owner: PinOwner::Clone, snapshots };
+        let pin = Pin { stamp: stamp(ctx), owner: PinOwner::Clone, snapshots, metadata };
         let key = Key::pin(self.id, 0);
         self.repo.store().put(&key, self.repo.seal(kind::PIN, &key, &pin)?).await?;
         // Only now: a Purge that comes later finds the pin.
@@ -117,6 +135,26 @@ impl Repository {
         })
         .await?;
         Ok(owners)
+    }
+
+    /// The first pin of an owner, whether it holds anything or not.
+    pub async fn pin(&self, owner: SnapshotId) -> Result<Option<Pin>> {
+        let key = Key::pin(owner, 0);
+        match self.store().get(&key).await {
+            Ok(body) => self.unseal(kind::PIN, &key, &body).map(Some),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The clones that need their pins no longer, as far as they are not in a grave.
+    pub async fn ended(&self) -> Result<BTreeSet<SnapshotId>> {
+        let mut ended = BTreeSet::new();
+        list_each(self.store(), key::ENDS, |entry| {
+            ended.extend(key::parse_id(&entry.key, key::ENDS));
+        })
+        .await?;
+        Ok(ended)
     }
 
     /// True when a clone needs its pins no longer, as far as that is not in a grave.

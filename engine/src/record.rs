@@ -210,6 +210,9 @@ pub struct Pin {
     pub owner: PinOwner,
     /// The snapshots.
     pub snapshots: Vec<SnapshotId>,
+    /// For programs: what it is for.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// Who needs pinned snapshots, and until when.

@@ -40,7 +40,7 @@ impl Session {
             return Ok((session, vec![]));
         }
         let (stamp, snapshots) = (stamp(ctx), witnesses.to_vec());
-        let pin = Pin { stamp, owner: PinOwner::Session, snapshots };
+        let pin = Pin { stamp, owner: PinOwner::Session, snapshots, metadata: [].into() };
         let key = Key::pin(id, 0);
         repo.store().put(&key, repo.seal(kind::PIN, &key, &pin)?).await?;
         session.pinned = true;

@@ -56,7 +56,12 @@ async fn packs(repo: &Repository) -> usize {
 /// What a clone does before it reads.
 async fn pin_as_clone(repo: &Repository, snapshot: SnapshotId) -> SnapshotId {
     let owner = context().host.new_id();
-    let pin = Pin { stamp: owner.to_string(), owner: PinOwner::Clone, snapshots: vec![snapshot] };
+    let pin = Pin {
+        stamp: owner.to_string(),
+        owner: PinOwner::Clone,
+        snapshots: vec![snapshot],
+        metadata: [].into(),
+    };
     let body = envelope::seal(kind::PIN, &Key::pin(owner, 0), &pin).unwrap();
     repo.store().put(&Key::pin(owner, 0), body).await.unwrap();
     owner

@@ -65,8 +65,12 @@ impl Site {
         repo.delete(deleted.id, &context()).await.unwrap();
         let owner = context().host.new_id();
         let pin = Key::pin(owner, 0);
-        let body =
-            Pin { stamp: String::new(), owner: PinOwner::Clone, snapshots: vec![records[0].id] };
+        let body = Pin {
+            stamp: String::new(),
+            owner: PinOwner::Clone,
+            snapshots: vec![records[0].id],
+            metadata: [].into(),
+        };
         repo.store().put(&pin, envelope::seal(kind::PIN, &pin, &body).unwrap()).await.unwrap();
         Self { memory, repo, records, volumes, pin }
     }

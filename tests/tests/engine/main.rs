@@ -18,6 +18,7 @@ mod found;
 mod heal;
 mod incremental;
 mod kill;
+mod pins;
 mod probing;
 mod pruning;
 mod reader;
