@@ -6,6 +6,14 @@
 {{ .Values.pool.directory }}/pool
 {{- end }}
 
+{{/* Whole seconds: a number from a file of values may be shown as 6e+02. */}}
+{{- define "petra.patience" -}}
+{{- $seconds := .Values.patience | toString -}}
+{{- if kindIs "float64" .Values.patience }}{{ $seconds = printf "%.0f" .Values.patience }}{{ end -}}
+{{- if not (regexMatch "^[0-9]{1,9}$" $seconds) }}{{ fail "patience: a whole number of seconds" }}{{ end -}}
+{{ $seconds }}
+{{- end }}
+
 {{- define "petra.labels" -}}
 app.kubernetes.io/name: petra
 app.kubernetes.io/instance: {{ .Release.Name }}
