@@ -31,7 +31,7 @@ use crate::lazy::agent::{AgentEvent, AgentEvents, AgentOptions, Room, serve};
 use crate::lazy::connection::{Connection, End};
 use crate::lazy::server::Inheritance;
 use crate::pool::lock::Lock;
-use crate::pool::pins::{self, blocking};
+use crate::pool::pins::{self, NotedPin, blocking};
 use crate::pool::{LazyState, Pool};
 use crate::programs::Programs;
 use crate::snapshot;
@@ -155,7 +155,7 @@ impl Agent {
 
     async fn serve(&self, connection: Connection) -> Result<()> {
         let id = connection.volume();
-        let (volume, lazy) = self.lazy_volume(id).await?;
+        let (volume, lazy, is_used) = self.lazy_volume(id).await?;
         lazy.volume.validate().map_err(|error| Error::Damaged {
             path: volume.directory().join("volume.json"),
             detail: error.to_string(),
@@ -182,7 +182,7 @@ impl Agent {
                         .map(|list| list.ranges().to_vec())
                         .unwrap_or_default(),
                     hydrate: true,
-                    record_for: lazy.start.is_none().then_some(MOUNT_TIME),
+                    record_for: (is_used && lazy.start.is_none()).then_some(MOUNT_TIME),
                     room: Arc::new(self.0.pool.clone()),
                     // What was said last is still heard, since the sender goes with the first one.
                     events,
@@ -244,8 +244,8 @@ impl Agent {
         }
     }
 
-    /// Finds a volume by its id.
-    async fn lazy_volume(&self, id: SnapshotId) -> Result<(Volume, LazyState)> {
+    /// Finds a volume by its id, and says whether it has a device or is about to.
+    async fn lazy_volume(&self, id: SnapshotId) -> Result<(Volume, LazyState, bool)> {
         let pool = self.0.pool.clone();
         blocking(move || {
             for volume in pool.volumes()? {
@@ -254,7 +254,7 @@ impl Agent {
                         let lazy = state.lazy.ok_or_else(|| {
                             Error::Request(format!("{volume} is no lazy clone any more"))
                         })?;
-                        return Ok((volume, lazy));
+                        return Ok((volume, lazy, state.wanted.attached));
                     }
                     // Deleted meanwhile, or damaged: not the one, as far as anyone can tell.
                     _ => {}
@@ -342,25 +342,17 @@ impl Agent {
         .await
     }
 
-    /// Ends the pin. The device goes on with its image server until it is attached the next time.
+    /// Ends the pin. A device goes on with its image server until it is attached the next time; where there is none, the
+    /// server ends.
     async fn hydrated(&self, volume: &Volume, repo: &Repository) -> Result<()> {
-        let volume = volume.clone();
-        let noted = blocking(move || {
-            let mut locked = volume.lock()?;
-            let Some(lazy) = locked.state().lazy.clone() else { return Ok(None) };
-            if lazy.hydrated {
-                return Ok(None);
+        let noted = loop {
+            let volume = volume.clone();
+            match blocking(move || note_hydrated(&volume)).await {
+                // Nobody would tell it again before the volume is attached the next time.
+                Err(Error::Busy { .. }) => sleep(RETRY).await,
+                noted => break noted?,
             }
-            // Noted before the volume lets go of it, and ended after.
-            let noted = pins::note_end(volume.pool(), &lazy)?;
-            locked.change(|state| {
-                if let Some(lazy) = &mut state.lazy {
-                    lazy.hydrated = true;
-                }
-            })?;
-            Ok(Some(noted))
-        })
-        .await?;
+        };
         if let Some(noted) = noted {
             ClonePin::taken(repo, noted.pin(), noted.snapshot()).end(&self.0.ctx).await?;
             noted.forget()?;
@@ -520,7 +512,7 @@ fn start_successor(volume: &Volume, programs: &Programs, inherited: Inheritance)
         Err(Error::Unknown { .. }) => return Ok(false),
         state => state?,
     };
-    if !state.wanted.attached || !inherited.is_mounted() {
+    if !state.needs_server() || !inherited.is_mounted() {
         return Ok(false);
     }
     match volume.start_server(&state, programs, Some(inherited)) {
@@ -528,6 +520,28 @@ fn start_successor(volume: &Volume, programs: &Programs, inherited: Inheritance)
         Err(_) if volume.has_server()? => Ok(true),
         started => started.map(|()| true),
     }
+}
+
+/// Notes that all data of a volume is here, and that its pin is to be ended.
+fn note_hydrated(volume: &Volume) -> Result<Option<NotedPin>> {
+    let mut locked = volume.lock()?;
+    let Some(lazy) = locked.state().lazy.clone().filter(|lazy| !lazy.hydrated) else {
+        return Ok(None);
+    };
+    // Noted before the volume lets go of it, and ended after.
+    let noted = pins::note_end(volume.pool(), &lazy)?;
+    locked.change(|state| {
+        if let Some(lazy) = &mut state.lazy {
+            lazy.hydrated = true;
+        }
+    })?;
+    if !locked.state().wanted.attached
+        && let Err(error) = locked.become_plain()
+    {
+        // The next attach does it.
+        tracing::warn!(%volume, %error, "it still has its image server");
+    }
+    Ok(Some(noted))
 }
 
 /// True where a task has ended, or never began.

@@ -117,6 +117,7 @@ pub async fn clone(
         // Without one the mount takes longer.
         start: start.unwrap_or_default(),
         hydrated: false,
+        fill: false,
     });
     let made = create_volume(pool, create).await;
     // Where the repository is away now, the note makes someone end the pin later.

@@ -90,14 +90,12 @@ impl Programs {
 
     /// Starts the agent of a pool, unless it has one.
     pub fn ensure_agent(&self, pool: &Pool) -> Result<()> {
-        let socket = pool.run_directory()?.join(SOCKET);
-        let is_there = || UnixStream::connect(&socket).is_ok();
-        if is_there() {
+        if has_agent(pool)? {
             return Ok(());
         }
         match self.start_agent(pool) {
             // Another one was faster.
-            Err(Error::Tool { .. }) if is_there() => Ok(()),
+            Err(Error::Tool { .. }) if has_agent(pool)? => Ok(()),
             started => started,
         }
     }
@@ -196,6 +194,11 @@ impl Background {
             self.ended.await.map_err(|_| Error::Internal("a process was not waited for"))?;
         ended.map_err(Error::io("wait for", self.program))
     }
+}
+
+/// True while a pool has an agent.
+pub(crate) fn has_agent(pool: &Pool) -> Result<bool> {
+    Ok(UnixStream::connect(pool.run_directory()?.join(SOCKET)).is_ok())
 }
 
 /// The options of an image server, as arguments.

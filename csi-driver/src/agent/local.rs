@@ -28,7 +28,7 @@ use petra_engine::{
 use petra_volume::freeze::GuardCommand;
 use petra_volume::pool::{MAX_VOLUME_BYTES, MIN_VOLUME_BYTES, pins};
 use petra_volume::volume::Serving;
-use petra_volume::{Pool, Programs};
+use petra_volume::{Error, Pool, Programs};
 use tokio::sync::Semaphore;
 use tonic::Status;
 
@@ -211,16 +211,23 @@ impl LocalAgent {
         }
     }
 
-    /// Makes sure that lazy volumes in use have somebody to bring them their data.
+    /// Makes sure that lazy volumes that are used, or that somebody waits for, have somebody to bring them their data.
     async fn serve_lazy_volumes(&self) {
         let inner = self.0.clone();
         let served = pins::blocking(move || {
             for volume in inner.pool.volumes()? {
                 // Whoever wants a volume that can't be read is told.
                 let Ok(state) = volume.state() else { continue };
-                let is_lazy = state.lazy.is_some_and(|lazy| !lazy.hydrated);
-                if is_lazy && volume.attachment()?.is_some() {
-                    return inner.serving.programs.ensure_agent(&inner.pool);
+                let Some(lazy) = state.lazy.filter(|lazy| !lazy.hydrated) else { continue };
+                if volume.attachment()?.is_some() {
+                    inner.serving.programs.ensure_agent(&inner.pool)?;
+                } else if lazy.fill {
+                    let locked = volume.lock_for(Duration::ZERO);
+                    match locked.and_then(|mut locked| locked.fill(&inner.serving)) {
+                        // Somebody uses or deletes it: the next time.
+                        Ok(()) | Err(Error::Busy { .. } | Error::Unknown { .. }) => {}
+                        Err(error) => tracing::warn!(%volume, %error, "it is not filled"),
+                    }
                 }
             }
             Ok(())

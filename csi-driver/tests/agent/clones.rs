@@ -14,7 +14,7 @@ use petra_tests::volume::noise;
 use petra_volume::BackendKind;
 use tonic::Code;
 
-use crate::lab::{MIB, Node, PASSPHRASE, Repo, create, wait_for};
+use crate::lab::{MIB, Node, PASSPHRASE, Repo, create, kill, wait_for};
 
 /// A snapshot of a volume with a file in it.
 async fn snapshot(node: &Node, repo: &Repo) -> SnapshotRecord {
@@ -105,6 +105,88 @@ async fn a_snapshot_becomes_volumes_here_and_elsewhere() {
     other.agent.delete_volume("d", &repo.message.secrets).await.unwrap();
     wait_for("the end of the pin", async || pins(&repo) == 0).await;
     assert!(other.pool.pool.noted_pins().unwrap().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clone_that_no_pod_uses_is_filled_for_its_snapshot() {
+    let Some(node) = Node::new(BackendKind::Btrfs) else { return };
+    let Some(other) = Node::new(BackendKind::Xfs) else { return };
+    let repo = Repo::plain(&node).await;
+    let snapshot = snapshot(&node, &repo).await;
+    let is_served = |name: &str| other.volume(name).lazy_directory().join("image").exists();
+    let state = |name: &str| other.volume(name).state().unwrap();
+
+    // A snapshot, a copy and a larger size, each of a clone that was never used: they are there when all its data is.
+    for name in ["s", "c", "g"] {
+        other.agent.create_volume(repo.clone_of(&snapshot, name, 0)).await.unwrap();
+    }
+    let copy = CreateVolumeRequest {
+        source: Some(Source::Volume("c".to_owned())),
+        ..create("d", 0, "ext4")
+    };
+    let grow = ExpandVolumeRequest { name: "g".to_owned(), size_bytes: 100 * MIB };
+    let refused = other.agent.take_snapshot(repo.take("two", &["s"])).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+    wait_for("a snapshot", async || {
+        other.agent.take_snapshot(repo.take("two", &["s"])).await.is_ok()
+    })
+    .await;
+    wait_for("a copy", async || other.agent.create_volume(copy.clone()).await.is_ok()).await;
+    wait_for("growth", async || other.agent.expand_volume(grow.clone()).await.is_ok()).await;
+    assert!(has_file(&other.mount("d")));
+    other.uploaded().await;
+    for name in ["s", "c", "g"] {
+        wait_for("the end of its server", async || !is_served(name) && state(name).lazy.is_none())
+            .await;
+        assert!(other.volume(name).attachment().unwrap().is_none());
+        assert!(has_file(&other.mount(name)));
+        other.unmount(name);
+    }
+    wait_for("the end of the pins", async || pins(&repo) == 0).await;
+    // Nobody has mounted one that was lazy, so nobody knows what a mount needs.
+    assert_eq!(repo.open.start_list(snapshot.id, 1).await.unwrap(), None);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_fills_a_clone_is_in_nobodys_way() {
+    let Some(node) = Node::new(BackendKind::Btrfs) else { return };
+    let Some(other) = Node::new(BackendKind::Xfs) else { return };
+    let repo = Repo::plain(&node).await;
+    let snapshot = snapshot(&node, &repo).await;
+    for name in ["c", "d"] {
+        other.agent.create_volume(repo.clone_of(&snapshot, name, 0)).await.unwrap();
+    }
+    // While the repository is away nothing comes.
+    let (here, away) = (node.pool.path("repo"), node.pool.path("away"));
+    fs::rename(&here, &away).unwrap();
+    let is_served = |name: &str| other.volume(name).lazy_directory().join("image").exists();
+    for name in ["c", "d"] {
+        let grow = ExpandVolumeRequest { name: name.to_owned(), size_bytes: 100 * MIB };
+        let refused = other.agent.expand_volume(grow).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+        assert!(is_served(name));
+    }
+    // A pod gets it, and when that has ended it is filled on.
+    let attach = || other.volume("c").lock().unwrap().attach_served(other.agent.serving(), false);
+    attach().unwrap();
+    assert!(other.volume("c").attachment().unwrap().is_some());
+    other.volume("c").lock().unwrap().detach().unwrap();
+    assert!(!is_served("c"));
+    // So it is after everything has died.
+    for (pid, line) in other.processes() {
+        if line.contains("agent") || line.contains("image-server") {
+            kill(pid);
+        }
+    }
+    // It is deleted as any other.
+    other.agent.delete_volume("d", &[].into()).await.unwrap();
+    let restarted = other.restarted();
+    restarted.start().await.unwrap();
+    wait_for("a server", async || is_served("c")).await;
+    fs::rename(&away, &here).unwrap();
+    let grow = ExpandVolumeRequest { name: "c".to_owned(), size_bytes: 100 * MIB };
+    wait_for("growth", async || restarted.expand_volume(grow.clone()).await.is_ok()).await;
+    assert!(has_file(&other.mount("c")));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -89,7 +89,7 @@ impl Node {
     }
 
     /// The helper processes of this pool, with their command lines.
-    fn processes(&self) -> Vec<(u32, String)> {
+    pub fn processes(&self) -> Vec<(u32, String)> {
         let root = self.pool.pool.root().to_string_lossy().into_owned();
         let mut found = vec![];
         for entry in fs::read_dir("/proc").unwrap().flatten() {

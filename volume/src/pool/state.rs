@@ -148,6 +148,9 @@ pub struct LazyState {
     /// All data is here, and the pin has ended. The next device needs no image server.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub hydrated: bool,
+    /// Somebody waits for all of its data: it comes also while nobody uses the volume.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fill: bool,
 }
 
 /// A copy that holds what a snapshot in a repository holds.
@@ -178,6 +181,13 @@ pub struct Wanted {
     /// Where it should be mounted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mounted_at: Option<PathBuf>,
+}
+
+impl VolumeState {
+    /// True while an image server has something to do: for a device, or for who waits for all of the data.
+    pub(crate) fn needs_server(&self) -> bool {
+        self.wanted.attached || self.lazy.as_ref().is_some_and(|lazy| lazy.fill && !lazy.hydrated)
+    }
 }
 
 impl Wanted {
@@ -249,6 +259,7 @@ mod tests {
                 pin: id,
                 start: Some(StartList::new([0..4096, 1 << 20..2 << 20])),
                 hydrated: false,
+                fill: true,
             }),
             base: Some(BaseState { copy: id, repository: id, snapshot: id, volume: name }),
             copies: BTreeSet::from([id]),

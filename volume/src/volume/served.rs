@@ -3,6 +3,7 @@
 //! ```text
 //! lazy      live/image <- image server -> lazy/image (FUSE) <- loop device
 //! hydrated  live/image <- loop device                                      from the next time it is attached
+//! filled    live/image <- image server                                     nobody uses it, and somebody waits for its data
 //! ```
 
 use std::fs::File;
@@ -22,7 +23,7 @@ use crate::lazy::presence::VolumeIdentity;
 use crate::lazy::server::{Inheritance, ServerOptions};
 use crate::pool::LARGEST_SECTOR_BYTES;
 use crate::pool::state::{VolumeState, Wanted};
-use crate::programs::Programs;
+use crate::programs::{Programs, has_agent};
 use crate::sys::{files, mounts};
 
 /// How long a server that was told to end may take to make durable what it has.
@@ -47,14 +48,14 @@ pub struct Serving {
 
 impl Volume {
     /// False for a volume whose image server died: its device answers nothing but errors. Waits so long for a successor,
-    /// which can come only while nobody has the volume locked.
+    /// which only an agent can start, and only while nobody has the volume locked.
     pub fn is_alive(&self, patience: Duration) -> Result<bool> {
         let mut waited = Duration::ZERO;
         loop {
             if self.state()?.lazy.is_none() || self.has_server()? || self.attachment()?.is_none() {
                 return Ok(true);
             }
-            if waited >= patience {
+            if waited >= patience || !has_agent(&self.pool)? {
                 return Ok(false);
             }
             sleep(SUCCESSOR_STEP);
@@ -141,6 +142,27 @@ impl LockedVolume {
         })?;
         self.volume.start_server(&self.state, &serving.programs, None)?;
         self.attach_image(&self.served(), read_only)
+    }
+
+    /// Has the data of a lazy clone brought here although nobody uses it: without a device, so that whoever attaches or
+    /// deletes the volume meanwhile just ends that. It is remembered, for whoever looks after the pool, until all is here.
+    /// Does nothing for other volumes.
+    pub fn fill(&mut self, serving: &Serving) -> Result<()> {
+        if self.state.lazy.as_ref().is_none_or(|lazy| lazy.hydrated) {
+            return Ok(());
+        }
+        self.change(|state| {
+            if let Some(lazy) = &mut state.lazy {
+                lazy.fill = true;
+            }
+        })?;
+        serving.programs.ensure_agent(self.volume.pool())?;
+        if self.volume.attachment()?.is_some() || self.volume.has_server()? {
+            return Ok(());
+        }
+        // What a dead one left.
+        self.end_server()?;
+        self.volume.start_server(&self.state, &serving.programs, None)
     }
 
     /// What the device of a lazy clone stands on.

@@ -48,7 +48,7 @@ impl LocalAgent {
         self.open(&repository).await?;
         let group = GroupRequest {
             target,
-            volumes,
+            volumes: volumes.clone(),
             before: None,
             after: None,
             guard: self.0.guard.clone(),
@@ -59,7 +59,11 @@ impl LocalAgent {
         // The upload is let go of at once, for the process that does it.
         let taken =
             pins::blocking(move || Ok(snapshot::take(&pool, &group)?.upload.state().clone()));
-        let state = taken.await.map_err(of_volume)?;
+        let taken = taken.await;
+        if let Err(Error::Hydrating { .. }) = &taken {
+            self.fill(volumes.into_iter().map(|(volume, _)| volume).collect()).await;
+        }
+        let state = taken.map_err(of_volume)?;
         self.begin_upload(state.id);
         self.describe(state).await
     }

@@ -98,7 +98,7 @@ impl LocalAgent {
         asked_bytes: u64,
     ) -> Result<PoolVolume, Failed> {
         let (pool, guard) = (self.pool().clone(), self.0.guard.clone());
-        let metadata = wanted.metadata.clone();
+        let (metadata, of) = (wanted.metadata.clone(), source.clone());
         let made = tokio::task::spawn_blocking(move || {
             let state = pool.volume(&source)?.state()?;
             let request = CopyRequest {
@@ -111,7 +111,26 @@ impl LocalAgent {
             };
             Ok(clones::copy(&pool, &request)?)
         });
-        made.await.map_err(|_| Status::internal("work on a pool panicked"))?
+        let made = made.await.map_err(|_| Status::internal("work on a pool panicked"))?;
+        if let Err(Failed::Volume(Error::Hydrating { .. })) = &made {
+            self.fill(vec![of]).await;
+        }
+        made
+    }
+
+    /// Has the data of lazy clones brought here for who needs all of it, also while no pod uses them. Whoever asked comes
+    /// again until it is there.
+    pub(super) async fn fill(&self, names: Vec<Name>) {
+        let inner = self.0.clone();
+        let filled = pins::blocking(move || {
+            for name in names {
+                inner.pool.volume(&name)?.lock()?.fill(&inner.serving)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = filled.await {
+            tracing::warn!(%error, "a lazy clone is not filled yet");
+        }
     }
 
     async fn make_from_snapshot(
@@ -248,12 +267,22 @@ impl LocalAgent {
 
     pub(super) async fn grow_volume(&self, request: ExpandVolumeRequest) -> Result<Volume, Status> {
         let (pool, name) = (self.pool().clone(), name_of("volume", &request.name)?);
+        let of = name.clone();
         let grown = tokio::task::spawn_blocking(move || {
-            let mut locked = pool.volume(&name).and_then(|v| v.lock()).map_err(of_volume)?;
+            let mut locked = pool.volume(&name)?.lock()?;
             grow(&mut locked, request.size_bytes)?;
-            describe(locked.volume()).map_err(of_volume)
+            Ok(describe(locked.volume())?)
         });
-        grown.await.map_err(|_| Status::internal("work on a pool panicked"))?
+        match grown.await.map_err(|_| Status::internal("work on a pool panicked"))? {
+            Ok(volume) => Ok(volume),
+            Err(Failed::Volume(error)) => {
+                if let Error::Hydrating { .. } = &error {
+                    self.fill(vec![of]).await;
+                }
+                Err(of_volume(error))
+            }
+            Err(Failed::Status(status)) => Err(status),
+        }
     }
 
     pub(super) async fn change_metadata(
@@ -384,20 +413,20 @@ fn size_of(asked_bytes: u64, source_bytes: Option<u64>) -> Result<u64, Status> {
 }
 
 /// Makes a volume at least this large.
-fn grow(locked: &mut LockedVolume, asked_bytes: u64) -> Result<(), Status> {
+fn grow(locked: &mut LockedVolume, asked_bytes: u64) -> Result<(), Failed> {
     let state = locked.state();
     if asked_bytes <= state.size_bytes {
         return Ok(());
     }
     let size_bytes = size_of(asked_bytes, None)?;
-    if !locked.become_plain().map_err(of_volume)? {
+    if !locked.become_plain()? {
         let volume = locked.volume();
         if locked.state().lazy.as_ref().is_some_and(|lazy| !lazy.hydrated) {
-            return Err(of_volume(Error::Hydrating { what: volume.to_string() }));
+            return Err(Error::Hydrating { what: volume.to_string() }.into());
         }
         let text =
             format!("{volume} still has its image server: it can grow when it is staged again");
-        return Err(Status::failed_precondition(text));
+        return Err(Status::failed_precondition(text).into());
     }
     match locked.grow(size_bytes) {
         // Its file system grows when it is mounted next.
@@ -405,7 +434,7 @@ fn grow(locked: &mut LockedVolume, asked_bytes: u64) -> Result<(), Status> {
             tracing::warn!(path = %path.display(), detail, "a file system did not grow yet");
             Ok(())
         }
-        grown => grown.map_err(of_volume),
+        grown => Ok(grown?),
     }
 }
 
