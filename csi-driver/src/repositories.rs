@@ -1,13 +1,14 @@
 //! Repositories by name, opened once, and what is in them.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use futures::{StreamExt, stream};
 use petra_engine::access::Access;
-use petra_engine::record::{SnapshotRecord, VolumeRecord};
-use petra_engine::{Item, PetraUrl, Repository, RepositoryUrl, SnapshotId, SnapshotRef};
+use petra_engine::record::{Pin, SnapshotRecord, VolumeRecord};
+use petra_engine::{ErrorKind, Item, PetraUrl, Repository, RepositoryUrl, SnapshotId, SnapshotRef};
 use petra_volume::snapshot;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::failure;
 use crate::handle::SnapshotHandle;
@@ -30,12 +31,48 @@ struct Inner {
     open: Mutex<HashMap<(String, blake3::Hash), Arc<Opened>>>,
 }
 
-/// A repository, and records of it that were read. They never change.
+/// A repository, and what was read of it that never changes.
 #[derive(Debug)]
 pub struct Opened {
     /// The repository.
     pub repository: Repository,
     records: Mutex<BTreeMap<SnapshotId, Arc<SnapshotRecord>>>,
+    /// By the ids of pins; None for those of others.
+    readers: Mutex<BTreeMap<SnapshotId, Option<Readers>>>,
+}
+
+/// A volume that many nodes read: what its pin remembers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Readers {
+    /// The pin.
+    pub pin: SnapshotId,
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// Which of its volumes, from 1.
+    pub number: u32,
+    /// The volume's size.
+    pub size_bytes: u64,
+}
+
+/// Metadata of a pin: which volume of the snapshot is read, and its size.
+const READ_VOLUME: &str = "csi.volume";
+const READ_BYTES: &str = "csi.bytes";
+/// Pins that are read at one time.
+const READS: usize = 16;
+
+impl Readers {
+    /// What the pin is to remember.
+    pub fn to_metadata(self) -> BTreeMap<String, String> {
+        [(READ_VOLUME, self.number.to_string()), (READ_BYTES, self.size_bytes.to_string())]
+            .map(|(key, value)| (key.to_owned(), value))
+            .into()
+    }
+
+    fn of_pin(id: SnapshotId, pin: &Pin) -> Option<Self> {
+        let number = pin.metadata.get(READ_VOLUME)?.parse().ok()?;
+        let size_bytes = pin.metadata.get(READ_BYTES)?.parse().ok()?;
+        Some(Self { pin: id, snapshot: *pin.snapshots.first()?, number, size_bytes })
+    }
 }
 
 /// What the id of a snapshot names, whether that is there or not.
@@ -121,13 +158,36 @@ impl Repositories {
         }
         let access = Access::from_secrets(secrets).map_err(failure::of_engine)?;
         let repository = access.open(url).await.map_err(failure::of_engine)?;
-        let opened = Arc::new(Opened { repository, records: Mutex::default() });
+        let (records, readers) = (Mutex::default(), Mutex::default());
+        let opened = Arc::new(Opened { repository, records, readers });
         let mut open = self.lock();
         if open.len() >= OPEN {
             // Which one goes does not matter: it is opened again when it is needed.
             open.clear();
         }
         Ok(open.entry(key).or_insert(opened).clone())
+    }
+
+    /// Opens a repository for a list, for which there may be no secrets: then as an earlier call has opened it. None where
+    /// that is not possible: it belongs to others, or is gone.
+    pub async fn open_to_list(
+        &self,
+        url: &RepositoryUrl,
+        secrets: &Secrets,
+    ) -> Result<Option<Arc<Opened>>, Status> {
+        let refused = match self.open(url, secrets).await {
+            Err(status) if matches!(status.code(), Code::InvalidArgument | Code::NotFound) => {
+                status
+            }
+            opened => return opened.map(Some),
+        };
+        let text = url.to_string();
+        let found = self.lock().iter().find(|((url, _), _)| *url == text).map(|(_, o)| o.clone());
+        if found.is_none() {
+            let error = refused.message();
+            tracing::warn!(repository = text, error, "what is in it is not listed");
+        }
+        Ok(found)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(String, blake3::Hash), Arc<Opened>>> {
@@ -180,6 +240,39 @@ impl Opened {
         let mut known = self.known();
         known.extend(listing.records.into_iter().map(|record| (record.id, Arc::new(record))));
         Ok(known.values().cloned().collect())
+    }
+
+    /// The volumes that many nodes read, by their pins. What was read before is not read again.
+    pub async fn readers(&self) -> Result<Vec<Readers>, Status> {
+        let pins = self.repository.pinned_by("").await.map_err(failure::of_engine)?;
+        // An end without its pin is of no interest, but not the other way round: the ends come last.
+        let ended = self.repository.ended().await.map_err(failure::of_engine)?;
+        let there: BTreeSet<_> = pins.into_iter().filter(|id| !ended.contains(id)).collect();
+        let missing: Vec<_> = {
+            let mut known = self.known_readers();
+            known.retain(|id, _| there.contains(id));
+            there.iter().copied().filter(|id| !known.contains_key(id)).collect()
+        };
+        let read = missing.into_iter().map(|id| async move { (id, self.repository.pin(id).await) });
+        let mut read = stream::iter(read).buffer_unordered(READS);
+        while let Some((id, pin)) = read.next().await {
+            match pin {
+                Ok(Some(pin)) => {
+                    self.known_readers().insert(id, Readers::of_pin(id, &pin));
+                }
+                // It has just ended.
+                Ok(None) => {}
+                Err(error) if error.kind() == ErrorKind::Stop => {
+                    tracing::warn!(pin = %id, %error, "it can't be read");
+                }
+                Err(error) => return Err(failure::of_engine(error)),
+            }
+        }
+        Ok(self.known_readers().values().flatten().copied().collect())
+    }
+
+    fn known_readers(&self) -> std::sync::MutexGuard<'_, BTreeMap<SnapshotId, Option<Readers>>> {
+        self.readers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, BTreeMap<SnapshotId, Arc<SnapshotRecord>>> {

@@ -105,7 +105,8 @@ async fn a_snapshot_of_one_node_is_cloned_on_another() {
     let rest = controller.controller.clone().list_volumes(rest).await.unwrap().into_inner();
     let ids = first.entries.iter().chain(&rest.entries);
     let mut ids: Vec<_> = ids.map(|entry| entry.volume.clone().unwrap().volume_id).collect();
-    let mut known = vec![volume.volume_id.clone(), clone.volume_id.clone()];
+    let mut known =
+        vec![volume.volume_id.clone(), clone.volume_id.clone(), shared.volume_id.clone()];
     ids.sort();
     known.sort();
     assert_eq!(ids, known);

@@ -106,6 +106,14 @@ impl NodeAgent for Fake {
     async fn discard_upload(&self, _: &str) -> Result<(), Status> {
         Ok(())
     }
+
+    async fn repositories(&self) -> Result<Vec<String>, Status> {
+        Ok(vec![format!("file:///of-{}", self.node)])
+    }
+
+    async fn note_repository(&self, url: &str) -> Result<(), Status> {
+        Err(Status::invalid_argument(format!("{url} is noted by nobody")))
+    }
 }
 
 /// A node that serves.

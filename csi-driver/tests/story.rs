@@ -346,6 +346,23 @@ async fn a_volume_is_rebuilt_from_changed_blocks() {
         let stream =
             client.metadata.clone().get_metadata_delta(request).await.unwrap().into_inner();
         let (_, delta) = blocks(stream, |m| (m.volume_capacity_bytes, m.block_metadata), 256).await;
+        // From any offset the rest is the same.
+        let from = delta[delta.len() / 2].byte_offset + 1;
+        let request = GetMetadataDeltaRequest {
+            base_snapshot_id: snapshots[n - 1].clone(),
+            target_snapshot_id: snapshots[n].clone(),
+            starting_offset: from,
+            max_results: 2,
+            ..Default::default()
+        };
+        let stream =
+            client.metadata.clone().get_metadata_delta(request).await.unwrap().into_inner();
+        let (_, rest) = blocks(stream, |m| (m.volume_capacity_bytes, m.block_metadata), 2).await;
+        let ends = |blocks: &[BlockMetadata]| -> Vec<i64> {
+            blocks.iter().map(|block| block.byte_offset + block.size_bytes).collect()
+        };
+        assert_eq!(ends(&rest), ends(&delta[delta.len() / 2..]));
+        assert_eq!(rest[0].byte_offset, from);
         let changed: i64 = delta.iter().map(|block| block.size_bytes).sum();
         assert!(changed > 0 && changed < 20 * MIB, "{changed} bytes changed");
         copy(&images[n], &delta);
@@ -463,6 +480,24 @@ async fn many_nodes_read_one_snapshot() {
     let refused = from_snapshot(wanted("long", 0, &readers), &long);
     assert_eq!(client.create(refused).await.unwrap_err().code(), Code::InvalidArgument);
     assert_eq!(machine.pins(), pins);
+    // They are in the list, page by page and while others come and go.
+    let list = |from: &str, max_entries| {
+        let request = ListVolumesRequest { max_entries, starting_token: from.to_owned() };
+        let mut client = client.controller.clone();
+        async move {
+            let listed = client.list_volumes(request).await.unwrap().into_inner();
+            let volumes = listed.entries.into_iter().map(|entry| entry.volume.unwrap());
+            let known = volumes.map(|volume| (volume.volume_id, volume.capacity_bytes));
+            (known.collect::<Vec<_>>(), listed.next_token)
+        }
+    };
+    let mut all = [&volume, &first, &shared].map(|v| (v.volume_id.clone(), 300 * MIB));
+    all.sort();
+    assert_eq!(list("", 0).await, (all.to_vec(), String::new()));
+    let (page, token) = list("", 1).await;
+    assert_eq!(page, all[..1]);
+    let (page, token) = list(&token, 1).await;
+    assert_eq!((page.as_slice(), token.as_str()), (&all[1..2], all[1].0.as_str()));
     // What is in a repository without a name is not gone.
     let unnamed = first.volume_id.replace("/main#", "/other#");
     assert_eq!(client.delete(&unnamed).await.unwrap_err().code(), Code::FailedPrecondition);
@@ -470,6 +505,12 @@ async fn many_nodes_read_one_snapshot() {
     let refused = client.delete_snapshot(&unnamed).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition);
     client.delete(&first.volume_id).await.unwrap();
+    let last = list(&token, 1).await;
+    assert_eq!(
+        last.0,
+        all.iter().skip(2).filter(|v| v.0 != first.volume_id).cloned().collect::<Vec<_>>()
+    );
+    assert!(list("", 0).await.0.iter().all(|listed| listed.0 != first.volume_id));
     client.delete_snapshot(&later.snapshot_id).await.unwrap();
     let at = client.publish(&machine, &shared.volume_id, &readers, "r").await.unwrap();
     assert!(has_files(&at, 1, 10));
@@ -486,4 +527,64 @@ async fn many_nodes_read_one_snapshot() {
     client.delete(&volume.volume_id).await.unwrap();
     machine.assert_nothing_left().await;
     wait_until("no pin is left", || machine.pins() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_in_repositories_without_a_name_is_listed() {
+    let Some(mut machine) = Machine::new() else { return };
+    machine.pool("pool", "xfs");
+    let each = format!("file://{}", machine.path("per/{experiment}").display());
+    for team in ["a", "b"] {
+        machine.petra(&["init", &each.replace("{experiment}", team)]);
+    }
+    let client = machine.start_all().await;
+    let mut taken = vec![];
+    for team in ["a", "b"] {
+        let mut request = wanted(&format!("of-{team}"), 64 * MIB, &writer());
+        let class = [("repository", each.as_str()), ("experiment", team)];
+        request.parameters = class.map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        let volume = client.create(request).await.unwrap();
+        let at = client.publish(&machine, &volume.volume_id, &writer(), team).await.unwrap();
+        write_files(&at, 1, 2);
+        taken.push(client.ready_snapshot(&volume.volume_id, &format!("s-{team}")).await);
+        client.unpublish(&machine, &volume.volume_id, team).await.unwrap();
+        client.delete(&volume.volume_id).await.unwrap();
+    }
+    let readers = mounted("", Mode::MultiNodeReaderOnly);
+    let request = from_snapshot(wanted("r", 0, &readers), &taken[1].snapshot_id);
+    let shared = client.create(request).await.unwrap();
+    // Nobody has to have asked before, and nothing but the repositories has to be left.
+    machine.end_driver("-KILL");
+    let client = machine.start_all().await;
+    let list = |request: ListSnapshotsRequest| {
+        let mut client = client.controller.clone();
+        async move {
+            let listed = client.list_snapshots(request).await.unwrap().into_inner();
+            let snapshots = listed.entries.into_iter().map(|entry| entry.snapshot.unwrap());
+            (snapshots.collect::<Vec<_>>(), listed.next_token)
+        }
+    };
+    taken.sort_by(|a, b| a.snapshot_id.cmp(&b.snapshot_id));
+    assert_eq!(list(ListSnapshotsRequest::default()).await, (taken.clone(), String::new()));
+    let page = ListSnapshotsRequest { max_entries: 1, ..Default::default() };
+    let (first, token) = list(page.clone()).await;
+    let (second, end) = list(ListSnapshotsRequest { starting_token: token, ..page }).await;
+    assert_eq!(([first, second].concat(), end.as_str()), (taken.clone(), ""));
+    for snapshot in &taken {
+        let id = snapshot.snapshot_id.clone();
+        let by_id = ListSnapshotsRequest { snapshot_id: id, ..Default::default() };
+        assert_eq!(list(by_id).await.0, std::slice::from_ref(snapshot));
+    }
+    let volumes = client.controller.clone().list_volumes(ListVolumesRequest::default()).await;
+    let volumes = volumes.unwrap().into_inner().entries;
+    assert_eq!(volumes.len(), 1);
+    assert_eq!(volumes[0].volume.as_ref().unwrap().volume_id, shared.volume_id);
+    // A repository that is gone takes nothing with it.
+    fs::rename(machine.path("per/a"), machine.path("per/gone")).unwrap();
+    machine.end_driver("-KILL");
+    let client = machine.start_all().await;
+    let listed = client.controller.clone().list_snapshots(ListSnapshotsRequest::default()).await;
+    assert_eq!(listed.unwrap().into_inner().entries.len(), 1);
+    client.delete(&shared.volume_id).await.unwrap();
+    machine.assert_nothing_left().await;
 }

@@ -299,6 +299,16 @@ impl NodeAgent for LocalAgent {
         let agent = self.clone();
         to_its_end(async move { agent.discard(id).await }).await
     }
+
+    async fn repositories(&self) -> Result<Vec<String>, Status> {
+        let pool = self.0.pool.clone();
+        pins::blocking(move || pool.repositories()).await.map_err(of_volume)
+    }
+
+    async fn note_repository(&self, url: &str) -> Result<(), Status> {
+        let (pool, url) = (self.0.pool.clone(), url_of(url)?.to_string());
+        pins::blocking(move || pool.note_repository(&url)).await.map_err(of_volume)
+    }
 }
 
 /// Works to the end, also when nobody waits for it any more.

@@ -78,4 +78,10 @@ pub trait NodeAgent: Send + Sync + fmt::Debug {
 
     /// Gives an upload up. Succeeds where there is none.
     async fn discard_upload(&self, id: &str) -> Result<(), Status>;
+
+    /// The URLs of the repositories that snapshots of this node went to, and of those that it was told to remember.
+    async fn repositories(&self) -> Result<Vec<String>, Status>;
+
+    /// Remembers a repository by its URL.
+    async fn note_repository(&self, url: &str) -> Result<(), Status>;
 }

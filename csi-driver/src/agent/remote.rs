@@ -22,7 +22,7 @@ use super::{
 use crate::proto::agent::node_agent_client::NodeAgentClient;
 use crate::proto::agent::{
     DeleteVolumeRequest, DiscardUploadRequest, GetInfoRequest, GetVolumeRequest,
-    ListUploadsRequest, ListVolumesRequest,
+    ListRepositoriesRequest, ListUploadsRequest, ListVolumesRequest, NoteRepositoryRequest,
 };
 use crate::repositories::Secrets;
 use crate::telemetry;
@@ -39,7 +39,10 @@ const LONG: Duration = Duration::from_secs(300);
 /// How often a call is begun again that did not get as far as the node.
 const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(250);
-const KEEP_ALIVE: Duration = Duration::from_secs(20);
+/// How often a node is asked whether it still lives, and how long it may take to answer: a call to one that is gone
+/// fails after both.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+const ALIVE_WITHIN: Duration = Duration::from_secs(5);
 
 /// An agent on another node, which is connected to when it is called.
 #[derive(Clone)]
@@ -132,6 +135,7 @@ impl RemoteAgent {
         // TLS is the connector's, so the scheme is that of what it carries.
         let channel = Endpoint::from_static("http://node.petra.internal")
             .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(ALIVE_WITHIN)
             .keep_alive_while_idle(true)
             .connect_with_connector_lazy(connect);
         let client = NodeAgentClient::new(channel)
@@ -298,6 +302,23 @@ impl NodeAgent for RemoteAgent {
         let request = DiscardUploadRequest { id: id.to_owned() };
         self.call(LONG, request, |mut client, request| async move {
             client.discard_upload(request).await
+        })
+        .await
+        .map(|_| ())
+    }
+
+    async fn repositories(&self) -> Result<Vec<String>, Status> {
+        self.call(SHORT, ListRepositoriesRequest {}, |mut client, request| async move {
+            client.list_repositories(request).await
+        })
+        .await
+        .map(|answer| answer.urls)
+    }
+
+    async fn note_repository(&self, url: &str) -> Result<(), Status> {
+        let request = NoteRepositoryRequest { url: url.to_owned() };
+        self.call(SHORT, request, |mut client, request| async move {
+            client.note_repository(request).await
         })
         .await
         .map(|_| ())

@@ -18,8 +18,9 @@ use crate::proto::agent::node_agent_server::{NodeAgent as Service, NodeAgentServ
 use crate::proto::agent::{
     AnnotateVolumeRequest, CreateVolumeRequest, DeleteVolumeRequest, DeleteVolumeResponse,
     DiscardUploadRequest, DiscardUploadResponse, ExpandVolumeRequest, GetInfoRequest,
-    GetVolumeRequest, ListUploadsRequest, ListUploadsResponse, ListVolumesRequest,
-    ListVolumesResponse, NodeInfo, TakeSnapshotRequest, Upload, Volume,
+    GetVolumeRequest, ListRepositoriesRequest, ListRepositoriesResponse, ListUploadsRequest,
+    ListUploadsResponse, ListVolumesRequest, ListVolumesResponse, NodeInfo, NoteRepositoryRequest,
+    NoteRepositoryResponse, TakeSnapshotRequest, Upload, Volume,
 };
 use crate::shutdown::{END_LIMIT, serve_until};
 use crate::telemetry::Observe;
@@ -193,5 +194,22 @@ impl Service for Served {
         let agent = self.agent(&request).await?;
         agent.discard_upload(&request.get_ref().id).await?;
         Ok(Response::new(DiscardUploadResponse {}))
+    }
+
+    async fn list_repositories(
+        &self,
+        request: Request<ListRepositoriesRequest>,
+    ) -> Result<Response<ListRepositoriesResponse>, Status> {
+        let urls = self.agent(&request).await?.repositories().await?;
+        Ok(Response::new(ListRepositoriesResponse { urls }))
+    }
+
+    async fn note_repository(
+        &self,
+        request: Request<NoteRepositoryRequest>,
+    ) -> Result<Response<NoteRepositoryResponse>, Status> {
+        let agent = self.agent(&request).await?;
+        agent.note_repository(&request.get_ref().url).await?;
+        Ok(Response::new(NoteRepositoryResponse {}))
     }
 }

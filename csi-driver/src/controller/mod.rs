@@ -16,17 +16,22 @@ mod service;
 mod snapshots;
 mod volumes;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
-use petra_engine::{Context, SnapshotId};
-use tonic::Status;
+use futures::{StreamExt, TryStreamExt, stream};
+use petra_engine::{Context, RepositoryUrl, SnapshotId};
+use tonic::{Code, Status};
 
 use crate::agent::nodes::{Node, Nodes};
 use crate::locks::{Locks, Operation};
-use crate::repositories::Repositories;
+use crate::repositories::{Opened, Repositories, Secrets};
 use crate::telemetry::Metrics;
 
 pub use service::Services;
+
+/// Repositories that are opened at one time.
+const OPENED_AT_ONCE: usize = 8;
 
 /// The services.
 #[derive(Clone, Debug)]
@@ -70,6 +75,46 @@ impl Controller {
     /// Begins a call that makes or finds the volume or snapshot of this name.
     fn named(&self, what: &str, name: &str) -> Result<Operation, Status> {
         self.locks.begin([format!("{what} named {name}")])
+    }
+
+    /// The repositories that are known, as ids call them, each once: those that have a name, and those that snapshots of
+    /// these nodes went to. What these secrets don't open is left out. `UNAVAILABLE` while one is away, whose part would
+    /// be missing.
+    async fn known_repositories(
+        &self,
+        nodes: &[Node],
+        secrets: &Secrets,
+    ) -> Result<Vec<(String, Arc<Opened>)>, Status> {
+        let mut urls = vec![];
+        for name in self.repositories.names() {
+            urls.push(self.repositories.url(name)?);
+        }
+        for Node { agent, .. } in nodes {
+            let noted = match agent.repositories().await {
+                // A node of an earlier version.
+                Err(status) if status.code() == Code::Unimplemented => vec![],
+                noted => noted?,
+            };
+            urls.extend(noted.iter().filter_map(|url| url.parse::<RepositoryUrl>().ok()));
+        }
+        let mut seen = HashSet::new();
+        urls.retain(|url| !url.is_template() && seen.insert(url.to_string()));
+        // By value: with references in it the future would not be Send for every lifetime.
+        let opening = urls
+            .iter()
+            .cloned()
+            .map(|url| async move { self.repositories.open_to_list(&url, secrets).await });
+        let opened: Vec<_> = stream::iter(opening).buffered(OPENED_AT_ONCE).try_collect().await?;
+        let mut known = vec![];
+        let mut ids = HashSet::new();
+        for (url, opened) in urls.iter().map(ToString::to_string).zip(opened) {
+            // One repository may have several names and URLs.
+            let Some(opened) = opened else { continue };
+            if ids.insert(opened.repository.config().id) {
+                known.push((self.repositories.short(&url).to_owned(), opened));
+            }
+        }
+        Ok(known)
     }
 
     /// All nodes: `UNAVAILABLE` while one is away, whose part would be missing.

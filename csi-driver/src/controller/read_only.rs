@@ -6,18 +6,22 @@ use petra_engine::SnapshotId;
 use petra_engine::clone::ClonePin;
 use tonic::Status;
 
-use super::volumes::{Origin, Sizes, signed};
+use super::volumes::{Entry, Origin, Sizes, signed};
 use super::{Controller, check};
+use crate::agent::nodes::Node;
 use crate::capability::Usage;
 use crate::failure;
 use crate::handle::VolumeHandle;
 use crate::proto::csi;
 use crate::proto::csi::volume_capability::access_mode::Mode;
+use crate::repositories::{Readers, Secrets};
 
 /// The bytes of a pin's id that the volume's name makes; the others are made by its source.
 const NAME_BYTES: usize = 10;
 /// The characters of a pin's id that are the same for all sources: five bits each, but for the first.
 const NAME_CHARACTERS: usize = 16;
+/// Nodes that remember a repository without a name: one may be gone tomorrow.
+const REMEMBERING: usize = 3;
 
 impl Controller {
     /// Makes such a volume, or finds the one that an earlier call of this name made.
@@ -71,18 +75,19 @@ impl Controller {
             )));
         }
         let url = found.url.to_string();
-        let handle = VolumeHandle::ReadOnly {
-            pin: id,
-            number,
-            repository: self.repositories.short(&url).to_owned(),
-            snapshot: found.record.id,
-        };
-        let volume_id = handle.to_string();
+        let short = self.repositories.short(&url);
+        let readers =
+            Readers { pin: id, snapshot: found.record.id, number, size_bytes: volume.len_bytes };
+        let volume_id = id_of(&readers, short);
         // Before there is a pin that nobody could end.
         check("volume id (give the repository a name)", &volume_id)?;
         let _changing = self.changing(&volume_id)?;
         if pin.is_none() {
-            let taken = ClonePin::take_as(repository, id, found.record.id, &self.ctx).await;
+            if short == url {
+                self.remember(&url).await;
+            }
+            let (snapshot, metadata) = (found.record.id, readers.to_metadata());
+            let taken = ClonePin::take_named(repository, id, snapshot, metadata, &self.ctx).await;
             taken.map_err(failure::of_engine)?;
         }
         Ok(csi::Volume {
@@ -93,6 +98,39 @@ impl Controller {
             accessible_topology: vec![],
         })
     }
+
+    /// Has some nodes remember a repository that has no name, for lists. Nothing else depends on it.
+    async fn remember(&self, url: &str) {
+        for Node { info, agent } in self.nodes.all().await.there.iter().take(REMEMBERING) {
+            if let Err(status) = agent.note_repository(url).await {
+                let error = status.message();
+                tracing::warn!(url, node = info.node, error, "it does not remember a repository");
+            }
+        }
+    }
+
+    /// All such volumes of the repositories that are known.
+    pub(super) async fn all_readers(&self, nodes: &[Node]) -> Result<Vec<Entry>, Status> {
+        let mut all = vec![];
+        // A list comes without secrets.
+        for (name, opened) in self.known_repositories(nodes, &Secrets::new()).await? {
+            all.extend(opened.readers().await?.iter().map(|readers| Entry {
+                volume: csi::Volume {
+                    capacity_bytes: signed(readers.size_bytes),
+                    volume_id: id_of(readers, &name),
+                    ..csi::Volume::default()
+                },
+                trouble: String::new(),
+            }));
+        }
+        Ok(all)
+    }
+}
+
+/// The id of such a volume. The repository is as ids call it.
+fn id_of(readers: &Readers, repository: &str) -> String {
+    let Readers { pin, snapshot, number, .. } = *readers;
+    VolumeHandle::ReadOnly { pin, number, repository: repository.to_owned(), snapshot }.to_string()
 }
 
 /// The same id for the same name and source, so that a repeated call takes no second pin whatever the source has become;

@@ -15,7 +15,7 @@ use crate::failure;
 use crate::handle::SnapshotHandle;
 use crate::locks::Operation;
 use crate::proto::csi;
-use crate::repositories::{Found, Opened, Secrets};
+use crate::repositories::{Found, Secrets};
 use crate::template::{Parameters, Place, REPOSITORY};
 
 /// Metadata of a snapshot: `csi.volume.MEMBER` is the id of the volume that it was taken of.
@@ -417,24 +417,11 @@ impl Controller {
             }
         } else {
             let mut cuts = vec![];
-            for name in self.repositories.names() {
-                let url = self.repositories.url(name)?;
-                if url.is_template() {
-                    continue;
-                }
-                let opened: Arc<Opened> = match self.repositories.open(&url, &request.secrets).await
-                {
-                    // It belongs to others. One that is away is missing, and so is what is in it.
-                    Err(status) if status.code() == Code::InvalidArgument => {
-                        let error = status.message();
-                        tracing::warn!(repository = name, error, "its snapshots are not listed");
-                        continue;
-                    }
-                    opened => opened?,
-                };
+            let nodes = self.nodes.all().await.there;
+            for (name, opened) in self.known_repositories(&nodes, &request.secrets).await? {
                 let records = opened.records().await?;
                 let ours = records.iter().filter(|r| r.metadata.contains_key(CSI_NAME));
-                cuts.extend(ours.map(|record| Cut::of_record(record, name)));
+                cuts.extend(ours.map(|record| Cut::of_record(record, &name)));
             }
             for (_, upload) in self.uploads().await? {
                 if upload.metadata.contains_key(CSI_NAME) {

@@ -399,22 +399,20 @@ impl Controller {
         &self,
         request: csi::ListVolumesRequest,
     ) -> Result<csi::ListVolumesResponse, Status> {
-        let mut all = vec![];
-        for Node { info, agent } in self.everyone().await? {
-            for volume in agent.volumes().await? {
-                let Entry { volume, trouble } = entry(&info, &volume);
-                let status = csi::list_volumes_response::VolumeStatus {
-                    published_node_ids: vec![],
-                    volume_condition: Some(condition(trouble)),
-                };
-                let id = volume.volume_id.clone();
-                let entry = csi::list_volumes_response::Entry {
-                    volume: Some(volume),
-                    status: Some(status),
-                };
-                all.push((id, entry));
-            }
+        let nodes = self.everyone().await?;
+        let mut found = self.all_readers(&nodes).await?;
+        for Node { info, agent } in nodes {
+            found.extend(agent.volumes().await?.iter().map(|volume| entry(&info, volume)));
         }
+        let all = found.into_iter().map(|Entry { volume, trouble }| {
+            let status = csi::list_volumes_response::VolumeStatus {
+                published_node_ids: vec![],
+                volume_condition: Some(condition(trouble)),
+            };
+            let id = volume.volume_id.clone();
+            (id, csi::list_volumes_response::Entry { volume: Some(volume), status: Some(status) })
+        });
+        let all = all.collect();
         let is_id = |token: &str| token.parse::<VolumeHandle>().is_ok();
         let (entries, next_token) =
             paging::page(all, request.max_entries, &request.starting_token, is_id)?;
@@ -446,9 +444,9 @@ impl Controller {
 }
 
 /// A volume, and what is wrong with it.
-struct Entry {
-    volume: csi::Volume,
-    trouble: String,
+pub(super) struct Entry {
+    pub volume: csi::Volume,
+    pub trouble: String,
 }
 
 pub(super) struct FoundVolume {

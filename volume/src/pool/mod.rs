@@ -6,6 +6,7 @@ mod init;
 pub(crate) mod lock;
 pub mod pins;
 mod recover;
+mod repositories;
 pub mod state;
 
 use std::fmt;

@@ -16,7 +16,7 @@ use petra_volume::{Error, Pool, freeze};
 use tonic::{Code, Status};
 
 use super::{LocalAgent, name_of};
-use crate::agent::{CSI_NAME, Repository, TakeSnapshotRequest, Upload, UploadMember};
+use crate::agent::{CSI_NAME, NodeAgent, Repository, TakeSnapshotRequest, Upload, UploadMember};
 use crate::failure::of_volume;
 use crate::telemetry::{Severity, event};
 
@@ -46,6 +46,11 @@ impl LocalAgent {
         }
         // What is wrong with the repository should show before anything is frozen.
         self.open(&repository).await?;
+        // Before there is a snapshot that would be in no list. Nothing else depends on it.
+        if let Err(status) = self.note_repository(&repository.url).await {
+            let (url, error) = (&repository.url, status.message());
+            tracing::warn!(url, error, "a repository is not remembered");
+        }
         let group = GroupRequest {
             target,
             volumes: volumes.clone(),
