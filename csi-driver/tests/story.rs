@@ -442,8 +442,12 @@ async fn a_snapshot_outlives_its_volume_and_is_found_among_repositories() {
     while !listed().await.iter().any(|found| found.ready_to_use) {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    // The upload ended before anybody asked for it again, and the volume is gone.
-    client.delete(&volume.volume_id).await.unwrap();
+    // The upload ended before anybody asked for it again, and the volume is gone. Its copy is let go of a moment after the
+    // snapshot is there.
+    while let Err(busy) = client.delete(&volume.volume_id).await {
+        assert_eq!(busy.code(), Code::FailedPrecondition, "{busy}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     let again = client.snapshot(&volume.volume_id, "s").await.unwrap();
     assert_eq!((&again.snapshot_id, again.ready_to_use), (&taken.snapshot_id, true));
     assert_eq!(listed().await, [again]);
