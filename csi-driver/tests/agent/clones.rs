@@ -153,14 +153,14 @@ async fn what_fills_a_clone_is_in_nobodys_way() {
     let Some(other) = Node::new(BackendKind::Xfs) else { return };
     let repo = Repo::plain(&node).await;
     let snapshot = snapshot(&node, &repo).await;
-    for name in ["c", "d"] {
+    for name in ["c", "d", "e"] {
         other.agent.create_volume(repo.clone_of(&snapshot, name, 0)).await.unwrap();
     }
     // While the repository is away nothing comes.
     let (here, away) = (node.pool.path("repo"), node.pool.path("away"));
     fs::rename(&here, &away).unwrap();
     let is_served = |name: &str| other.volume(name).lazy_directory().join("image").exists();
-    for name in ["c", "d"] {
+    for name in ["c", "d", "e"] {
         let grow = ExpandVolumeRequest { name: name.to_owned(), size_bytes: 100 * MIB };
         let refused = other.agent.expand_volume(grow).await.unwrap_err();
         assert_eq!(refused.code(), Code::Unavailable, "{refused}");
@@ -172,13 +172,14 @@ async fn what_fills_a_clone_is_in_nobodys_way() {
     assert!(other.volume("c").attachment().unwrap().is_some());
     other.volume("c").lock().unwrap().detach().unwrap();
     assert!(!is_served("c"));
+    // It is deleted as any other, and as other volumes are.
+    petra_volume::clones::delete(other.volume("e").lock().unwrap(), true).unwrap();
     // So it is after everything has died.
     for (pid, line) in other.processes() {
         if line.contains("agent") || line.contains("image-server") {
             kill(pid);
         }
     }
-    // It is deleted as any other.
     other.agent.delete_volume("d", &[].into()).await.unwrap();
     let restarted = other.restarted();
     restarted.start().await.unwrap();

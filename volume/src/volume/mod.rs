@@ -165,16 +165,20 @@ impl LockedVolume {
     /// Deletes the volume with its copies. Refused while it is attached, and while copies are kept that are not its base
     /// (uploads that have not ended), unless they don't matter. Gives its last state: who had it pinned must be told.
     pub fn delete(self, copies_matter: bool) -> Result<VolumeState> {
-        let Self { volume, state, _lock } = self;
-        if let Some(attachment) = volume.attachment()? {
-            return Err(volume.in_use(format!("attached to {}", attachment.device.display())));
+        if let Some(attachment) = self.volume.attachment()? {
+            let by = format!("attached to {}", attachment.device.display());
+            return Err(self.volume.in_use(by));
         }
+        let Self { volume, state, .. } = &self;
         let base = state.base.as_ref().map(|base| base.copy);
         let needed = state.copies.iter().filter(|copy| Some(**copy) != base).count();
         if copies_matter && needed > 0 {
             let by = format!("{needed} of its copies, which are not uploaded yet");
             return Err(volume.in_use(by));
         }
+        // One that fills it, or that a crash has left.
+        self.end_server()?;
+        let Self { volume, state, _lock } = self;
         let trash = volume.pool.trash();
         {
             let _list = volume.pool.lock_list()?;

@@ -304,14 +304,10 @@ impl LocalAgent {
     pub(super) async fn remove_volume(&self, name: Name, secrets: Secrets) -> Result<(), Status> {
         let pool = self.pool().clone();
         let removed = pins::blocking(move || {
-            let mut locked = match pool.volume(&name).and_then(|volume| volume.lock()) {
+            let locked = match pool.volume(&name).and_then(|volume| volume.lock()) {
                 Err(Error::Unknown { .. }) => return Ok(None),
                 locked => locked?,
             };
-            if locked.volume().attachment()?.is_none() {
-                // A crash may have left what was between the device and the image.
-                locked.detach()?;
-            }
             let lazy = locked.state().lazy.clone().filter(|lazy| !lazy.hydrated);
             clones::delete(locked, true)?;
             Ok(lazy.map(|lazy| lazy.repository))
