@@ -1,7 +1,4 @@
-#!/usr/bin/env python3
-"""Measure live volumes: pauses, changes found from extent maps, clones that start at once.
-
-  volumes.py DIR --petra target/release/petra [--only pause,group,uploads,incremental,clones,device] [--markdown F]
+"""The level `volumes`: pauses, changes found from extent maps, clones that start at once.
 
 DIR is a directory with 40 GB of room, where pools, images and repositories are made and deleted. It needs root, fio,
 restic, versitygw (a real S3 server), btrfs-progs and xfsprogs. Every figure is one against another of the same run:
@@ -20,23 +17,23 @@ restic, versitygw (a real S3 server), btrfs-progs and xfsprogs. Every figure is 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
 import random
 import shutil
-import socket
+import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any, Iterator
 
-MIB = 1 << 20
-GIB = 1 << 30
+from .measure import GIB, MIB, load_results, machine, store_results, write_noise
+from .server import ACCESS, SECRET, s3_server, slow_way
+from .tools import find, petra as petra_tool, versions
+
 KINDS = ("btrfs", "xfs")
 
 
@@ -44,8 +41,8 @@ class Bench:
     def __init__(self, petra: str, directory: Path) -> None:
         self.petra, self.directory = petra, directory
         self.rows: list[tuple[str, str, str]] = []
-        self.environment = {**os.environ, "RESTIC_PASSWORD": "x", "AWS_ACCESS_KEY_ID": "bench",
-                            "AWS_SECRET_ACCESS_KEY": "bench-secret", "AWS_REGION": "us-east-1"}
+        self.environment = {**os.environ, "RESTIC_PASSWORD": "x", "AWS_ACCESS_KEY_ID": ACCESS,
+                            "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
 
     def row(self, what: str, measured: str, goal: str = "") -> None:
         print(f"{what}: {measured}  {goal}", file=sys.stderr, flush=True)
@@ -77,8 +74,7 @@ class Bench:
         finally:
             for volume in self.run("volume", "ls", "--pool", root)["volumes"]:
                 self.call(self.petra, "volume", "unmount", "--pool", root, volume["name"])
-            subprocess.run(["pkill", "-f", f"pool agent --until-idle --pool {root}"], check=False)
-            time.sleep(0.5)
+            end_agent(root)
             self.call("umount", root)
             Path(f"{root}.img").unlink()
 
@@ -114,8 +110,14 @@ class Bench:
         return pauses
 
 
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
+def end_agent(root: Path) -> None:
+    """The agent of a pool that goes away need not wait until it is idle."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = entry.read_bytes().split(b"\0")
+            if b"agent" in words and os.fsencode(root) in words:
+                os.kill(int(entry.parent.name), signal.SIGTERM)
+    time.sleep(0.5)
 
 
 # ------------------------------------------------------------------------------------------------- pauses
@@ -237,13 +239,6 @@ def incremental(bench: Bench) -> None:
     bench.row("the same in a volume of 256 GiB", f"{walls[256]:.2f} s: {walls[256] / walls[8]:.2f} of that of 8 GiB", "<= 1.5")
 
 
-def write_noise(path: Path, length: int, seed: int) -> None:
-    noise = random.Random(seed)
-    with path.open("wb") as file:
-        for _ in range(length // (4 * MIB)):
-            file.write(noise.randbytes(4 * MIB))
-
-
 def overwrite(path: Path, length: int, count: int, seed: int, at: int = 0) -> None:
     """Changes `count` MiB, each somewhere else."""
     noise = random.Random(seed)
@@ -255,62 +250,8 @@ def overwrite(path: Path, length: int, count: int, seed: int, at: int = 0) -> No
 
 # ------------------------------------------------------------------------------------------------- clones
 
-@contextlib.contextmanager
-def s3_server(bench: Bench) -> Iterator[int]:
-    data, port = bench.directory / "s3", free_port()
-    (data / "bucket").mkdir(parents=True)
-    server = subprocess.Popen(["versitygw", "--access", "bench", "--secret", "bench-secret", "--port", f"127.0.0.1:{port}", "--quiet",
-                               "posix", str(data)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_port(port)
-    try:
-        yield port
-    finally:
-        server.kill()
-        server.wait()
-        shutil.rmtree(data)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for_port(port: int) -> None:
-    for _ in range(100):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return
-        time.sleep(0.05)
-    sys.exit("the S3 server does not start")
-
-
-def slow_port(port: int, delay: float) -> int:
-    """A port that leads to another, where what a client sends takes so many seconds longer."""
-    slow = free_port()
-
-    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wait: float) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(1 << 16):
-                if wait:
-                    await asyncio.sleep(wait)
-                writer.write(data)
-                await writer.drain()
-            writer.close()
-
-    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream, sender = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(forward(reader, sender, delay), forward(upstream, writer, 0))
-
-    async def serve() -> None:
-        await (await asyncio.start_server(connect, "127.0.0.1", slow)).serve_forever()
-
-    threading.Thread(target=lambda: asyncio.run(serve()), daemon=True).start()
-    wait_for_port(slow)
-    return slow
-
-
 def clones(bench: Bench) -> None:
-    with s3_server(bench) as port, bench.pool("btrfs") as near, bench.pool("btrfs", "far") as far:
+    with s3_server(bench.directory) as port, slow_way(port, 0.03) as slow, bench.pool("btrfs") as near, bench.pool("btrfs", "far") as far:
         url = lambda at: f"s3://bucket/p?endpoint=http://127.0.0.1:{at}&path-style=true"  # noqa: E731
         bench.run("init", url(port))
         at = bench.directory / "at"
@@ -332,7 +273,7 @@ def clones(bench: Bench) -> None:
             samples.append(cloned + mounted)
         bench.row("clone by reference, two commands, to mounted", f"{statistics.median(samples) * 1000:.0f} ms", "<= 50 ms")
         for name in ("8g", "1t"):
-            for label, way, goal in (("", port, "<= 500 ms"), (", 30 ms more for each request", slow_port(port, 0.03), "<= 1 s")):
+            for label, way, goal in (("", port, "<= 500 ms"), (", 30 ms more for each request", slow.port, "<= 1 s")):
                 samples = []
                 # The first one writes the start list.
                 for n in range(4):
@@ -425,29 +366,24 @@ def device(bench: Bench) -> None:
         bench.row(f"{job}, {unit}", "; ".join(f"{what} {value:,.0f}" for what, value in found.items()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--petra", required=True)
-    parser.add_argument("--only", default="pause,group,uploads,incremental,clones,device")
-    parser.add_argument("--markdown", type=Path)
-    options = parser.parse_args()
+PARTS = {"pause": pause, "group": group, "uploads": uploads, "incremental": incremental, "clones": clones, "device": device}
+
+
+def volumes(options: argparse.Namespace) -> None:
     work = options.directory.resolve() / "volumes-work"
-    work.mkdir()
-    bench = Bench(os.path.abspath(options.petra), work)
+    work.mkdir(parents=True)
+    petra = find("petra", options.petra)
+    bench = Bench(petra, work)
+    document = load_results("volumes")
+    parts = options.only.split(",") if options.only else list(PARTS)
     try:
-        if set(options.only.split(",")) & {"pause", "group", "device"}:
+        if set(parts) & {"pause", "group", "device"}:
             bench.run("init", f"{work}/repo")
-        for name in options.only.split(","):
-            {"pause": pause, "group": group, "uploads": uploads, "incremental": incremental, "clones": clones,
-             "device": device}[name](bench)
+        for part in parts:
+            bench.rows = []
+            PARTS[part](bench)
+            document = {"machine": machine(work), "versions": versions([petra_tool(petra, work)]),
+                        "parts": {**document.get("parts", {}), part: bench.rows}}
+            store_results("volumes", document)
     finally:
-        table = ["| what | measured | goal |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in bench.rows)]
-        print("\n".join(table))
-        if options.markdown:
-            options.markdown.write_text("\n".join(table) + "\n")
         shutil.rmtree(work, ignore_errors=True)
-
-
-if __name__ == "__main__":
-    main()
