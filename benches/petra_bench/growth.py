@@ -6,6 +6,8 @@
   repository  a volume with 256 MiB of data that changes by 8 MiB between snapshots: the snapshot and restore after 1 to
               300 of them, and a snapshot of unchanged data
 
+Images and repositories are in the page cache, since they were just written.
+
 Half of the data are bytes that don't compress, half are hexadecimal digits, in turns of 64 KiB. Points are medians of
 three in `repository`, and single runs elsewhere: look at the course of the curve. It needs 12 GB of disk in DIR/work.
 """
@@ -19,7 +21,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from .measure import GIB, KIB, MIB, Cost, Scratch, files, load_results, machine, note, read_all, scratch, store_results
+from .measure import GIB, KIB, MIB, Cost, Scratch, files, load_results, machine, note, scratch, store_results
 from .tools import find, versions, petra as petra_tool
 
 Point = dict[str, Any]
@@ -37,15 +39,12 @@ class Volumes:
         self.bench.run(self.petra, "init", self.repository)
 
     def snapshot(self, name: str, parent: str = "") -> Point:
-        read_all(self.image)
         words = [self.petra, "--json", "snapshot", f"v={self.image}", f"{self.repository}#e/r", "--name", name]
         cost = self.bench.measure([*words, *(["--parent", parent] if parent else [])], self.bench.work)
         stats = json.loads(self.bench.output)["stats"]
         return {**figures(cost), "requests": stats["puts"], "stored_mib": stats["stored_bytes"] / MIB}
 
     def restore(self, name: str) -> Point:
-        for path in files(self.repository):
-            read_all(path)
         target = self.bench.work / "restored"
         cost = self.bench.measure([self.petra, "--json", "restore", f"{self.repository}#e/r/{name}/v", str(target)], self.bench.work)
         report = json.loads(self.bench.output)["volumes"][0]["report"]

@@ -137,10 +137,14 @@ def grid(title: str, sentence: str, panels: list[Panel], columns: int, height: f
     if names:
         x = float(MARGIN)
         for number, name in enumerate(names):
-            canvas.parts.append(f'<line x1="{x:.1f}" y1="80" x2="{x + 18:.1f}" y2="80" stroke="currentColor" stroke-width="3" class="c{number % 4}"/>')
-            canvas.text(x + 24, 84, name, "text small")
-            x += 44 + 6.6 * len(name)
-        top = 100.0
+            length = 42 + 6.4 * len(name)
+            if x > MARGIN and x + length > WIDTH:
+                x, top = float(MARGIN), top + 20
+            canvas.parts.append(f'<line x1="{x:.1f}" y1="{top + 14:.1f}" x2="{x + 18:.1f}" y2="{top + 14:.1f}" '
+                                f'stroke="currentColor" stroke-width="3" class="c{number % 4}"/>')
+            canvas.text(x + 24, top + 18, name, "text small")
+            x += length
+        top += 34
     width = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) / columns
     for number, panel in enumerate(panels):
         draw(canvas, panel, MARGIN + number % columns * (width + GAP), top + number // columns * (height + 12), width)

@@ -81,7 +81,8 @@ class Bench:
     def fio(self, target: Path, *options: str, seconds: int = 10) -> dict[str, Any]:
         out = self.call("fio", "--name=x", f"--filename={target}", "--output-format=json", "--direct=1",
                         "--ioengine=io_uring", "--time_based", f"--runtime={seconds}", *options)
-        return json.loads(out[out.index("{"):])["jobs"][0]
+        job: dict[str, Any] = json.loads(out[out.index("{"):])["jobs"][0]
+        return job
 
     @contextlib.contextmanager
     def writing(self, target: Path, size: str, rate: str) -> Iterator[None]:
@@ -251,8 +252,11 @@ def overwrite(path: Path, length: int, count: int, seed: int, at: int = 0) -> No
 # ------------------------------------------------------------------------------------------------- clones
 
 def clones(bench: Bench) -> None:
-    with s3_server(bench.directory) as port, slow_way(port, 0.03) as slow, bench.pool("btrfs") as near, bench.pool("btrfs", "far") as far:
-        url = lambda at: f"s3://bucket/p?endpoint=http://127.0.0.1:{at}&path-style=true"  # noqa: E731
+    def url(port: int) -> str:
+        return f"s3://bucket/p?endpoint=http://127.0.0.1:{port}&path-style=true"
+
+    with (s3_server(bench.directory) as port, slow_way(port, 0.03) as slow,
+          bench.pool("btrfs") as near, bench.pool("btrfs", "far") as far):
         bench.run("init", url(port))
         at = bench.directory / "at"
         for size, name in ((8, "8g"), (1024, "1t")):
@@ -291,10 +295,10 @@ def clones(bench: Bench) -> None:
         bench.row("mount, find, cat of 80 MiB, against a whole restore", f"{time.monotonic() - begun:.2f} s, {restored:.2f} s")
         bench.run("unmount", "--pool", far, at)
         # Both end when all is durable in the same file system, and nobody reads meanwhile.
-        samples = [(bench.timed("restore", reference, far / f"restored-{n}.img"), hydration(bench, far, reference, f"h{n}"))
-                   for n in range(3)]
-        restored, hydrated = (statistics.median(side) for side in zip(*samples))
-        ratios = ", ".join(f"{restored / hydrated:.2f}" for restored, hydrated in samples)
+        pairs = [(bench.timed("restore", reference, far / f"restored-{n}.img"), hydration(bench, far, reference, f"h{n}"))
+                 for n in range(3)]
+        restored, hydrated = (statistics.median(side) for side in zip(*pairs))
+        ratios = ", ".join(f"{restored / hydrated:.2f}" for restored, hydrated in pairs)
         bench.row("hydration, from the command, against a restore into a file of the same pool",
                   f"{hydrated:.2f} s, {restored:.2f} s: {ratios} of the rate", ">= 0.8")
 
