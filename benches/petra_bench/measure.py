@@ -36,6 +36,7 @@ class Cost:
     system: float
     rss: float  # MiB, at its peak
     stored: float = 0  # MiB in the repository afterwards
+    requests: float = 0  # of Petra: PUT of a snapshot, GET of a restore
 
     @property
     def cpu(self) -> float:

@@ -19,6 +19,7 @@ volume that holds the same data spread out over eight places.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -40,6 +41,8 @@ def snapshot(bench: Scratch, tool: Tool, image: Path, stage: str) -> Cost:
     cost = bench.measure(tool.snapshot(stage), current.parent)
     if isinstance(tool.place, Path):
         cost.stored = sum(path.stat().st_size for path in files(tool.place)) / MIB
+    if tool.name == "petra":
+        cost.requests = json.loads(bench.output)["stats"]["puts"]
     return cost
 
 
@@ -50,6 +53,8 @@ def restore(bench: Scratch, tool: Tool, image: Path, stage: str) -> Cost:
         for path in files(tool.place):
             read_all(path)
     cost = bench.measure(tool.restore(stage), target)
+    if tool.name == "petra":
+        cost.requests = json.loads(bench.output)["volumes"][0]["report"]["gets"]
     call("cmp", image, target / "workspace.img")
     shutil.rmtree(target)
     return cost

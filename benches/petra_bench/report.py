@@ -75,6 +75,9 @@ def peers(results: dict[str, Any]) -> str:
              as_markdown(peers_table(rounds, tools))]
     if "petra" in tools and len(tools) > 1:
         parts.append(as_markdown(goals_table(rounds, tools)))
+    if "petra" in tools:
+        puts = " / ".join(f"{middle(rounds, 'petra', step, 'requests'):.0f}" for step, _, _ in STEPS[:3])
+        parts.append(f"Petra's requests: {puts} PUT, {middle(rounds, 'petra', 'restore', 'requests'):.0f} GET. They are the same for any store.\n")
     return "\n".join([*parts, commands(results)])
 
 
