@@ -8,7 +8,9 @@
 
 It needs root, e2fsprogs, network access to a Python package index, a Python from 3.9 to 3.12, and PostgreSQL with pgbench.
 
-The level `settings` snapshots these series with every chunking that `petra init` offers, and reports what it costs.
+The level `settings` snapshots these series with every chunking that `petra init` offers, and reports what it costs. The
+length of frames and the search of zstd are constants of the program: to compare them, build one with others, and
+run `settings --petra BINARY --chunking cdc-16k --label "frames of 512 KiB"`; its rows join those that are there.
 """
 from __future__ import annotations
 
@@ -156,13 +158,14 @@ def settings(options: argparse.Namespace) -> None:
         images = [options.directory / f"{name}-{stage}.img" for stage in STAGES]
         if not all(image.exists() for image in images):
             fail(f"{options.directory} holds no series {name}: make it with `benches/run real {options.directory}`")
-        found = {}
+        document = load_results("settings")
+        found = document.get("series", {}).get(name, {}).get("settings", {})
         with scratch(options.directory) as bench:
-            for chunking in CHUNKINGS:
-                found[chunking] = measure_setting(bench, petra, chunking, images)
-                note(f"{name}, {chunking}: {found[chunking]}")
+            for chunking in options.chunking.split(",") if options.chunking else CHUNKINGS:
+                setting = f"{chunking}, {options.label}" if options.label else chunking
+                found[setting] = measure_setting(bench, petra, chunking, images)
+                note(f"{name}, {setting}: {found[setting]}")
             tool = petra_tool(petra, bench.work)
-            document = load_results("settings")
             store_results("settings", {
                 "machine": machine(options.directory), "versions": versions([tool]),
                 "series": {**document.get("series", {}), name: {
