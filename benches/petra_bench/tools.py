@@ -41,7 +41,7 @@ class Tool:
         """As the report shows them."""
         shown = []
         for command in (*self.init, self.snapshot(stage), self.restore(stage)):
-            line = " ".join([os.path.basename(command[0]), *command[1:]])
+            line = " ".join(os.path.basename(word) if os.path.isabs(word) and os.path.isfile(word) else word for word in command)
             for text, name in self.words.items():
                 line = line.replace(text, name)
             shown.append(line)
@@ -111,8 +111,8 @@ def kopia(binary: str, place: Place) -> Tool:
 
 def rustic(binary: str, place: Place) -> Tool:
     if isinstance(place, Bucket):
-        command = [binary, "-r", "opendal:s3", "-o", f"endpoint=http://{place.endpoint}", "-o", f"bucket={place.bucket}",
-                   "-o", f"root=/{place.prefix}", "-o", "region=us-east-1"]
+        options = {"ENDPOINT": f"http://{place.endpoint}", "BUCKET": place.bucket, "ROOT": f"/{place.prefix}", "REGION": "us-east-1"}
+        command = ["env", *(f"OPENDAL_{name}={value}" for name, value in options.items()), binary, "-r", "opendal:s3"]
     else:
         command = [binary, "-r", str(place)]
     return Tool(
