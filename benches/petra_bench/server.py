@@ -3,7 +3,7 @@
 The proxy is a process of its own. What a client sends reaches the server a delay later, and the way there and the way
 back carry a given number of bits a second each, which all connections share. So a request takes one round trip more; many
 requests at once wait together, and a long body waits once, as on a connection whose window has grown. A new connection
-takes one round trip more, too. There are no losses and no TLS.
+takes one round trip more, too, unless only requests are to be slow. There are no losses and no TLS.
 
 It counts round trips: what a client sends after it was sent something is a new one. Each request of HTTP/1.1 is one.
 """
@@ -73,8 +73,9 @@ class Narrow:
 
 
 class Proxy:
-    def __init__(self, upstream: int, delay: float, bits_per_second: float, counts: Any) -> None:
+    def __init__(self, upstream: int, delay: float, bits_per_second: float, connecting: bool, counts: Any) -> None:
         self.upstream, self.delay, self.counts = upstream, delay, counts
+        self.handshake = delay if connecting else 0
         self.up, self.down = Narrow(bits_per_second), Narrow(bits_per_second)
         # What is on its way: twice what fits on it, so that the sender is never the limit.
         self.room = max(MIB, int(2 * delay * (bits_per_second / 8 or GIGABYTE)))
@@ -84,7 +85,7 @@ class Proxy:
         await server.serve_forever()
 
     async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(self.delay)
+        await asyncio.sleep(self.handshake)
         server, to_server = await asyncio.open_connection("127.0.0.1", self.upstream, limit=PIECE)
         turn = [True]  # whether the next bytes of the client begin a round trip
         await asyncio.gather(self.send(reader, to_server, turn), self.answer(server, writer, turn))
@@ -167,13 +168,13 @@ class Way:
 
 
 @contextlib.contextmanager
-def slow_way(upstream: int, delay: float, bits_per_second: float = 0) -> Iterator[Way]:
-    """A delay in seconds for each round trip; no limit to the bits if they are 0."""
+def slow_way(upstream: int, delay: float, bits_per_second: float = 0, connecting: bool = True) -> Iterator[Way]:
+    """A delay in seconds for each round trip, that of connecting too or not; no limit to the bits if they are 0."""
     context = multiprocessing.get_context("fork")
     counts, port = context.Array("q", 3, lock=False), free_port()
 
     def run() -> None:
-        asyncio.run(Proxy(upstream, delay, bits_per_second, counts).serve(port))
+        asyncio.run(Proxy(upstream, delay, bits_per_second, connecting, counts).serve(port))
 
     process = context.Process(target=run, daemon=True)
     process.start()

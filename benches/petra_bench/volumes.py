@@ -255,7 +255,7 @@ def clones(bench: Bench) -> None:
     def url(port: int) -> str:
         return f"s3://bucket/p?endpoint=http://127.0.0.1:{port}&path-style=true"
 
-    with (s3_server(bench.directory) as port, slow_way(port, 0.03) as slow,
+    with (s3_server(bench.directory) as port, slow_way(port, 0.03, connecting=False) as slow,
           bench.pool("btrfs") as near, bench.pool("btrfs", "far") as far):
         bench.run("init", url(port))
         at = bench.directory / "at"
