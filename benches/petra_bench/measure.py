@@ -24,6 +24,7 @@ GIB = 1 << 30
 BENCHES = Path(__file__).resolve().parent.parent
 PROGRAM = BENCHES / "run"
 RESULTS = BENCHES / "results"
+LOAD = os.getloadavg()[0]  # before anything began: tells a reader whether the machine had other work
 
 
 # ---------------------------------------------------------------------------------------- commands
@@ -204,12 +205,12 @@ def write_noise(path: Path, length: int, seed: int, at: int = 0) -> None:
 # ---------------------------------------------------------------------------------------- results
 
 def machine(directory: Path) -> dict[str, Any]:
-    """What a reader must know of the machine to judge the times."""
+    """What a reader must know of the machine to judge the times. Bytes and requests don't depend on it."""
     cpu = Path("/proc/cpuinfo").read_text()
     names = [line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
     memory = int(Path("/proc/meminfo").read_text().split()[1]) * KIB
     return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(),
-            "memory_gib": round(memory / GIB), "kernel": platform.release(),
+            "memory_gib": round(memory / GIB), "kernel": platform.release(), "load_before": LOAD,
             "file_system": output_of(["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(directory)]).split()[-1]}
 
 

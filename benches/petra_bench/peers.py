@@ -94,14 +94,13 @@ def peers(options: argparse.Namespace) -> None:
     require_series(directory)
     before = load_results("peers") if options.append else {}
     rounds: list[Any] = before.get("rounds", [])
-    load = os.getloadavg()[0]  # tells a reader whether the machine had other work
     with scratch(directory) as bench:
         tools = make_tools(bench, installed(options.tools, options.petra))
         for number in range(options.rounds):
             note(f"round {number + 1} of {options.rounds}")
             rounds.append(run_round(bench, tools, directory, len(rounds)))
             store_results("peers", {
-                "machine": machine(directory), "load_before": max(load, before.get("load_before", 0)),
+                "machine": machine(directory),
                 "allocated_bytes": {stage: allocated(directory / f"{stage}.img") for stage in STAGES},
                 "versions": {**before.get("versions", {}), **versions(tools)},
                 "commands": {**before.get("commands", {}), **{tool.name: tool.commands("s3") for tool in tools}},

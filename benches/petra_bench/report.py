@@ -50,7 +50,7 @@ def where(results: dict[str, Any]) -> str:
     """The machine and the programs."""
     found = results["machine"]
     return (f"{found['cores']} cores ({found['processor']}), {found['memory_gib']} GiB of memory, Linux {found['kernel']}, "
-            f"{found['file_system']}. {'; '.join(results['versions'].values())}.")
+            f"{found['file_system']}, load {found['load_before']:.1f} before. {'; '.join(results['versions'].values())}.")
 
 
 def commands(results: dict[str, Any]) -> str:
@@ -68,7 +68,7 @@ def peers(results: dict[str, Any]) -> str:
     tools = list(dict.fromkeys(tool for costs in rounds for tool in costs))
     sizes = " / ".join(f"{size / 1e9:.2f}" for size in results["allocated_bytes"].values())
     counts = sorted({sum(tool in costs for costs in rounds) for tool in tools if tool != "petra"} or {len(rounds)})
-    text = (f"Three 8 GiB images, {sizes} GB allocated; {where(results)} Load before: {results['load_before']:.1f}. Warm page cache, "
+    text = (f"Three 8 GiB images, {sizes} GB allocated; {where(results)} Warm page cache, "
             f"local repository; medians of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} round(s) a peer, and "
             f"{sum('petra' in costs for costs in rounds)} of petra.")
     parts = [text + "\n", picture("peers", "Snapshots, restore and stored bytes of each tool", peers_plot(rounds, tools)),
