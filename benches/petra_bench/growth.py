@@ -19,7 +19,7 @@ import random
 import shutil
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from .measure import GIB, KIB, MIB, Cost, Scratch, files, load_results, machine, note, scratch, store_results
 from .tools import find, versions, petra as petra_tool
@@ -86,20 +86,16 @@ def overwrite(path: Path, length: int, count: int, piece: int, seed: int) -> Non
             file.write(data(piece, seed * 1_000_003 + place))
 
 
-def volume(volumes: Volumes) -> list[Point]:
-    points = []
+def volume(volumes: Volumes) -> Iterator[Point]:
     for curve in ("1 GiB of data", "a sixteenth is data"):
         for size in (1, 2, 4, 8, 16, 32, 64):
             volumes.init()
             write_image(volumes.image, size * GIB, GIB if curve.startswith("1") else size * GIB // 16)
             taken, restored = volumes.snapshot("s"), volumes.restore("s")
-            points.append({"curve": curve, "x": size, "snapshot": taken, "restore": restored})
-            show(points[-1])
-    return points
+            yield {"curve": curve, "x": size, "snapshot": taken, "restore": restored}
 
 
-def change(volumes: Volumes) -> list[Point]:
-    points = []
+def change(volumes: Volumes) -> Iterator[Point]:
     length = 2 * GIB
     volumes.init()
     write_image(volumes.image, length, length)
@@ -113,13 +109,10 @@ def change(volumes: Volumes) -> list[Point]:
             overwrite(volumes.image, length, round(length / piece * percent / 100), piece, number + piece)
             name = f"{piece}-{number}"
             taken, restored = volumes.snapshot(name, "base"), volumes.restore(name)
-            points.append({"curve": curve, "x": percent, "snapshot": taken, "restore": restored})
-            show(points[-1])
-    return points
+            yield {"curve": curve, "x": percent, "snapshot": taken, "restore": restored}
 
 
-def repository(volumes: Volumes) -> list[Point]:
-    points: list[Point] = []
+def repository(volumes: Volumes) -> Iterator[Point]:
     length = 256 * MIB
     volumes.init()
     write_image(volumes.image, GIB, length)
@@ -133,10 +126,8 @@ def repository(volumes: Volumes) -> list[Point]:
             again = [volumes.snapshot(f"same-{number}-{turn}") for turn in range(3)]
             restored = [volumes.restore(f"s{number}") for _ in range(3)]
             stored = sum(path.stat().st_size for path in files(volumes.repository)) / MIB
-            points.append({"curve": "after so many snapshots", "x": number, "repository_mib": stored, "snapshot": middle(taken[-3:]),
-                           "unchanged": middle(again), "restore": middle(restored)})
-            show(points[-1])
-    return points
+            yield {"curve": "after so many snapshots", "x": number, "repository_mib": stored, "snapshot": middle(taken[-3:]),
+                           "unchanged": middle(again), "restore": middle(restored)}
 
 
 def overwrite_part(path: Path, size: int, part: int, seed: int) -> None:
@@ -164,7 +155,10 @@ def growth(options: argparse.Namespace) -> None:
     petra = find("petra", options.petra)
     for part in options.only.split(",") if options.only else PARTS:
         with scratch(options.directory) as bench:
-            points = PARTS[part](Volumes(bench, petra))
-            document = {"machine": machine(options.directory), "versions": versions([petra_tool(petra, bench.work)]),
-                        "parts": {**document.get("parts", {}), part: points}}
-        store_results("growth", document)
+            points: list[Point] = []
+            for point in PARTS[part](Volumes(bench, petra)):
+                points.append(point)
+                show(point)
+                document = {"machine": machine(options.directory), "versions": versions([petra_tool(petra, bench.work)]),
+                            "parts": {**document.get("parts", {}), part: points}}
+                store_results("growth", document)
