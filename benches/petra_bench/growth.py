@@ -3,8 +3,8 @@
   volume      sparse images of 1 to 64 GiB: with 1 GiB of data whatever the size, and with a sixteenth of it
   change      an image of 2 GiB, all data, of which 0.1 % to 50 % was overwritten since the parent: in places of 4 KiB, the
               worst that applications do, and of 1 MiB
-  repository  a volume with 256 MiB of data that changes by 8 MiB between snapshots: the snapshot and restore after 1 to
-              300 of them, and a snapshot of unchanged data
+  repository  a volume with 256 MiB of data that changes by 8 MiB between snapshots: the next snapshot and its restore when
+              1 to 300 are there, and a snapshot of unchanged data
 
 Images and repositories are in the page cache, since they were just written.
 
@@ -118,7 +118,7 @@ def repository(volumes: Volumes) -> Iterator[Point]:
     write_image(volumes.image, GIB, length)
     # The data lies at the start of 64 parts of the volume.
     taken: list[Point] = []
-    for number in range(1, 301):
+    for number in range(301):  # so many are there already, and of unchanged data three for each point before
         for piece in range(8):
             overwrite_part(volumes.image, GIB, (number * 8 + piece) % 64, number)
         taken.append(volumes.snapshot(f"s{number}"))
@@ -126,8 +126,8 @@ def repository(volumes: Volumes) -> Iterator[Point]:
             again = [volumes.snapshot(f"same-{number}-{turn}") for turn in range(3)]
             restored = [volumes.restore(f"s{number}") for _ in range(3)]
             stored = sum(path.stat().st_size for path in files(volumes.repository)) / MIB
-            yield {"curve": "after so many snapshots", "x": number, "repository_mib": stored, "snapshot": middle(taken[-3:]),
-                           "unchanged": middle(again), "restore": middle(restored)}
+            yield {"curve": "after so many snapshots", "x": number, "repository_mib": stored, "snapshot": middle(taken[1:][-3:]),
+                   "unchanged": middle(again), "restore": middle(restored)}
 
 
 def overwrite_part(path: Path, size: int, part: int, seed: int) -> None:

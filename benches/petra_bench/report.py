@@ -49,10 +49,11 @@ def as_markdown(table: Table) -> str:
 def where(results: dict[str, Any]) -> str:
     """The machine and the programs."""
     found = results["machine"]
+    warning = " **The machine had other work: requests and bytes are true, times are not.**"
     busy = found["load_before"] > found["cores"] / 2
     return (f"{found['cores']} cores ({found['processor']}), {found['memory_gib']} GiB of memory, Linux {found['kernel']}, "
             f"{found['file_system']}, load {found['load_before']:.1f} before. {'; '.join(results['versions'].values())}."
-            + busy * " **The machine had other work: requests and bytes are true, times are not.**")
+            f"{warning if busy else ''}")
 
 
 def commands(results: dict[str, Any]) -> str:
