@@ -1,0 +1,164 @@
+//! One hot path at a time, once, on the same bytes at every run: `benches/gate.py` counts its instructions.
+//!
+//! `hot_paths NAME`; without a name it lists them. Only what runs in [`measured`] is counted.
+
+#![expect(clippy::expect_used, reason = "a measurement that can't run has nothing to report")]
+
+use std::hint::black_box;
+use std::process::ExitCode;
+
+use petra_benches::{random, text};
+use petra_engine::chunker::Chunking;
+use petra_engine::format::frame::{self, FrameEncoder, FrameLocation};
+use petra_engine::format::leaf::{ChunkRef, Extent, Leaf};
+use petra_engine::index::{ChunkLocation, DedupIndex};
+use petra_engine::scan::is_zero;
+use petra_engine::{ChunkId, PackId, SnapshotId};
+
+/// Input of those that take bytes.
+const LEN: usize = 4 << 20;
+/// A common length of chunks.
+const CHUNK_BYTES: u32 = 16 << 10;
+/// Chunks in the index, and in a leaf.
+const CHUNKS: u32 = 4096;
+
+type Path = (&'static str, fn());
+
+const PATHS: [Path; 9] = [
+    ("zero_scan", zero_scan),
+    ("cut", cut),
+    ("hash", hash),
+    ("compress_text", || compress(&text(LEN))),
+    ("compress_random", || compress(&random(LEN))),
+    ("decompress_text", decompress),
+    ("index", index),
+    ("leaf_encode", leaf_encode),
+    ("leaf_decode", leaf_decode),
+];
+
+fn main() -> ExitCode {
+    let wanted = std::env::args().nth(1);
+    match PATHS.iter().find(|(name, _)| Some(*name) == wanted.as_deref()) {
+        Some((_, path)) => {
+            path();
+            ExitCode::SUCCESS
+        }
+        None if wanted.is_none() => {
+            let mut out = std::io::stdout().lock();
+            let listed = PATHS.iter().try_for_each(|(name, _)| {
+                std::io::Write::write_fmt(&mut out, format_args!("{name}\n"))
+            });
+            listed.map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS)
+        }
+        None => ExitCode::FAILURE,
+    }
+}
+
+/// The counter knows this function by its name.
+#[inline(never)]
+fn measured<T>(work: impl FnOnce() -> T) {
+    black_box(work());
+}
+
+fn zero_scan() {
+    let zeros = vec![0; LEN];
+    measured(|| black_box(&zeros).chunks(4096).all(is_zero));
+}
+
+fn cut() {
+    let data = random(LEN);
+    let cutter = Chunking::default().cutter();
+    measured(|| {
+        let (mut rest, mut chunks) = (black_box(data.as_slice()), 0);
+        while !rest.is_empty() {
+            rest = rest.split_at(cutter.first(rest)).1;
+            chunks += 1;
+        }
+        chunks
+    });
+}
+
+fn hash() {
+    let data = random(LEN);
+    measured(|| {
+        data.chunks(CHUNK_BYTES as usize).map(ChunkId::of).fold(0, |sum, id| sum ^ id.0[0])
+    });
+}
+
+fn compress(data: &[u8]) {
+    let mut encoder = FrameEncoder::new().expect("memory for zstd");
+    let mut stored = Vec::with_capacity(2 * LEN);
+    measured(|| {
+        for raw in data.chunks(frame::TARGET_BYTES) {
+            encoder.encode(raw, &mut stored);
+        }
+        stored.len()
+    });
+}
+
+fn decompress() {
+    let mut encoder = FrameEncoder::new().expect("memory for zstd");
+    let frames: Vec<(Vec<u8>, u32)> = text(LEN)
+        .chunks(frame::TARGET_BYTES)
+        .map(|raw| {
+            let mut stored = Vec::new();
+            encoder.encode(raw, &mut stored);
+            (stored, raw.len() as u32)
+        })
+        .collect();
+    let mut raw = Vec::with_capacity(frame::TARGET_BYTES);
+    measured(|| {
+        for (stored, raw_len) in &frames {
+            frame::decode(stored, *raw_len, &mut raw).expect("frames that were just made");
+        }
+        raw.len()
+    });
+}
+
+/// Chunks that are remembered and found again, and as many that are not there.
+fn index() {
+    let leaf = leaf();
+    let index = DedupIndex::new(4 * CHUNKS as usize);
+    let others: Vec<ChunkId> = (0..CHUNKS).map(|n| ChunkId::of(&n.to_le_bytes())).collect();
+    measured(|| {
+        for (_, chunk) in leaf.chunks() {
+            let frame = *leaf.frames.get(chunk.frame as usize).expect("a frame of the leaf");
+            index.insert(chunk.id, ChunkLocation { frame, offset: chunk.offset });
+        }
+        let found = leaf.chunks().filter(|(_, chunk)| index.get(&chunk.id).is_some()).count();
+        found + others.iter().filter(|id| index.get(id).is_some()).count()
+    });
+}
+
+fn leaf_encode() {
+    let leaf = leaf();
+    measured(|| leaf.encode().len());
+}
+
+fn leaf_decode() {
+    let leaf = leaf();
+    let (block, digest) = (leaf.encode(), leaf.digest());
+    let segment_bytes = u64::from(CHUNKS) * u64::from(CHUNK_BYTES);
+    measured(|| Leaf::decode(&block, segment_bytes, digest).expect("a leaf that was just made"));
+}
+
+/// A segment full of chunks, 64 in each frame.
+fn leaf() -> Leaf {
+    let in_frame = 64;
+    let pack = PackId { session: SnapshotId::from_parts(1, 1), number: 7 };
+    let frames = (0..CHUNKS / in_frame).map(|n| FrameLocation {
+        pack,
+        offset: n * 400_000,
+        stored_len: 400_000,
+        raw_len: in_frame * CHUNK_BYTES,
+    });
+    let extents = (0..CHUNKS).map(|n| {
+        Extent::Chunk(ChunkRef {
+            id: ChunkId::of(&[&b"chunk "[..], &n.to_le_bytes()].concat()),
+            len: CHUNK_BYTES,
+            frame: n / in_frame,
+            offset: n % in_frame * CHUNK_BYTES,
+        })
+    });
+    Leaf { frames: frames.collect(), extents: extents.collect() }
+}
