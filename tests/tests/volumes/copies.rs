@@ -2,14 +2,15 @@
 //! writes in flight, with and without a freeze.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use petra_tests::lazy::wait_until;
 use petra_tests::pool::{TestPool, hash};
+use petra_volume::BackendKind;
 use petra_volume::pool::Filesystem;
 use rustix::fs::{FallocateFlags, OFlags};
 
@@ -290,6 +291,38 @@ fn a_copy_that_is_given_up() {
         drop(finished);
         let left = fs::read_dir(volume.directory().join("copies")).unwrap().count();
         assert_eq!(left, 0, "{kind}");
+    }
+}
+
+/// Whoever takes a snapshot after a deletion can wait until the kernel is done with it. XFS is done when the call returns;
+/// the cleaner of btrfs is kept waiting here by a file that is open.
+#[test]
+fn deletions_are_waited_for() {
+    let short = Duration::from_millis(300);
+    for kind in BACKENDS {
+        let Some(lab) = TestPool::new(kind) else { return };
+        let volume = lab.create("v", 16 * MIB, Filesystem::Raw);
+        let mut locked = volume.lock().unwrap();
+        let live = File::options().write(true).open(volume.live().join("image")).unwrap();
+        live.write_all_at(&[1; MIB as usize], 8 * MIB).unwrap();
+        live.sync_all().unwrap();
+        let id = copy(&mut locked);
+        let held = File::open(volume.copy_image(id)).unwrap();
+        assert!(held.metadata().unwrap().blocks() > 0, "{kind}");
+        locked.delete_copy(id).unwrap();
+
+        let pool = &lab.pool;
+        let settle = |limit| {
+            let begun = Instant::now();
+            pool.backend().settle(pool.root(), limit).unwrap();
+            begun.elapsed() >= limit
+        };
+        let is_btrfs = kind == BackendKind::Btrfs;
+        assert_eq!(settle(short), is_btrfs, "{kind}");
+        assert_eq!(held.metadata().unwrap().blocks() > 0, is_btrfs, "{kind}");
+        drop(held);
+        pool.backend().reclaim(pool.root()).unwrap();
+        assert!(!settle(Duration::from_secs(60)), "{kind}");
     }
 }
 
