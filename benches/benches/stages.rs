@@ -4,7 +4,7 @@
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use petra_benches::{random, text};
+use petra_benches::{frames, random, text};
 use petra_engine::ChunkId;
 use petra_engine::chunker::Chunking;
 use petra_engine::context::Context;
@@ -110,15 +110,7 @@ fn compress(bencher: Bencher<'_, '_>, kind: &str) {
 #[divan::bench(args = ["random", "text"])]
 fn decompress(bencher: Bencher<'_, '_>, kind: &str) {
     let data = sample(kind);
-    let mut encoder = FrameEncoder::new().expect("memory for zstd");
-    let frames: Vec<(Vec<u8>, u32)> = data
-        .chunks(frame::TARGET_BYTES)
-        .map(|raw| {
-            let mut stored = Vec::new();
-            encoder.encode(raw, &mut stored);
-            (stored, raw.len() as u32)
-        })
-        .collect();
+    let frames = frames(&data);
     let mut raw = Vec::new();
     bencher.counter(BytesCount::new(data.len())).bench_local(|| {
         for (stored, raw_len) in &frames {

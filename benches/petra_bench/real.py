@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from .measure import (GIB, MIB, PROGRAM, Scratch, allocated, call, enter_mount_namespace, fail, files, load_results, machine,
-                      mounted, note, read_all, scratch, store_results)
+                      make_ext4, mounted, note, read_all, scratch, store_results)
 from .tools import find, petra as petra_tool, versions
 
 IMAGE_SIZE = 4 * GIB
@@ -54,12 +54,8 @@ def make_series(directory: Path) -> None:
             print(f"{directory} already holds the series {name}")
             continue
         image, root = directory / "work.img", directory / "mnt"
-        image.unlink(missing_ok=True)
         root.mkdir(exist_ok=True)
-        with image.open("wb") as file:
-            file.truncate(IMAGE_SIZE)
-        uuid = "5e77a000-0000-4000-8000-000000000002"
-        call("mkfs.ext4", "-q", "-F", "-m", "0", "-U", uuid, "-E", f"hash_seed={uuid},lazy_itable_init=0", image)
+        make_ext4(image, IMAGE_SIZE, "5e77a000-0000-4000-8000-000000000002")
         for stage in STAGES:
             started = time.monotonic()
             with mounted(image, root):

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .measure import GIB, PROGRAM, allocated, call, enter_mount_namespace, fail, mounted
+from .measure import GIB, PROGRAM, allocated, call, enter_mount_namespace, fail, make_ext4, mounted
 
 IMAGE_SIZE = 8 * GIB
 STAGES = ("s1", "s2", "s3")
@@ -53,12 +53,8 @@ def make_series(directory: Path) -> None:
 
     directory.mkdir(parents=True, exist_ok=True)
     image, root = directory / "work.img", directory / "mnt"
-    image.unlink(missing_ok=True)
     root.mkdir(exist_ok=True)
-    with image.open("wb") as file:
-        file.truncate(IMAGE_SIZE)
-    uuid = "5e77a000-0000-4000-8000-000000000001"
-    call("mkfs.ext4", "-q", "-F", "-m", "0", "-U", uuid, "-E", f"hash_seed={uuid},lazy_itable_init=0", image)
+    make_ext4(image, IMAGE_SIZE, "5e77a000-0000-4000-8000-000000000001")
     for stage in STAGES:
         started = time.monotonic()
         with mounted(image, root):

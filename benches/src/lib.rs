@@ -1,5 +1,9 @@
 //! Data for the measurements: the same bytes at every run.
 
+#![expect(clippy::expect_used, reason = "a measurement that can't run has nothing to report")]
+
+use petra_engine::format::frame::{self, FrameEncoder};
+
 /// Bytes that do not compress.
 pub fn random(len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
@@ -20,4 +24,15 @@ pub fn text(len: usize) -> Vec<u8> {
     }
     bytes.truncate(len);
     bytes
+}
+
+/// The frames that hold some bytes, each as it is stored, with the length of what it holds.
+pub fn frames(data: &[u8]) -> Vec<(Vec<u8>, u32)> {
+    let mut encoder = FrameEncoder::new().expect("memory for zstd");
+    let frames = data.chunks(frame::TARGET_BYTES).map(|raw| {
+        let mut stored = Vec::new();
+        encoder.encode(raw, &mut stored);
+        (stored, raw.len() as u32)
+    });
+    frames.collect()
 }

@@ -7,7 +7,7 @@
 use std::hint::black_box;
 use std::process::ExitCode;
 
-use petra_benches::{random, text};
+use petra_benches::{frames, random, text};
 use petra_engine::chunker::Chunking;
 use petra_engine::format::frame::{self, FrameEncoder, FrameLocation};
 use petra_engine::format::leaf::{ChunkRef, Extent, Leaf};
@@ -97,15 +97,7 @@ fn compress(data: &[u8]) {
 }
 
 fn decompress() {
-    let mut encoder = FrameEncoder::new().expect("memory for zstd");
-    let frames: Vec<(Vec<u8>, u32)> = text(LEN)
-        .chunks(frame::TARGET_BYTES)
-        .map(|raw| {
-            let mut stored = Vec::new();
-            encoder.encode(raw, &mut stored);
-            (stored, raw.len() as u32)
-        })
-        .collect();
+    let frames = frames(&text(LEN));
     let mut raw = Vec::with_capacity(frame::TARGET_BYTES);
     measured(|| {
         for (stored, raw_len) in &frames {
