@@ -105,7 +105,8 @@ impl Synthetic {
             let block = leaf(snapshot, segment, &ids).encode();
             let offset = builder.add_block(BlockKind::Leaf, &block);
             let len = block.len() as u32;
-            children.push(Child::Block(BlockRef { digest, pack, offset, len }));
+            let block = BlockRef { digest, pack, offset, len };
+            children.push(Child::Block { block, data_bytes: SEGMENT });
         }
         let root = tree::build(children, &[], &mut |kind, block, digest| {
             let offset = builder.add_block(kind, block);
@@ -113,7 +114,7 @@ impl Synthetic {
         });
         let len = SEGMENTS as u64 * SEGMENT;
         let name = Name::new("volume", "v").unwrap();
-        let volume = VolumeRecord::new(name, len, len, root.unwrap());
+        let volume = VolumeRecord::new(name, len, root.unwrap());
         let made = Arc::new((Bytes::from(builder.finish().1), volume));
         let mut manifests = self.manifests.lock().unwrap();
         while manifests.len() >= 2 {

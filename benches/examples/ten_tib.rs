@@ -213,7 +213,8 @@ async fn make(store: &Synthetic, len_bytes: u64) {
         let (pack, offset) = place(segment, store.segments);
         let len = leaf.encode().len() as u32;
         assert!(len <= LEAF_PLACE);
-        children.push(Child::Block(BlockRef { digest: leaf.digest(), pack, offset, len }));
+        let block = BlockRef { digest: leaf.digest(), pack, offset, len };
+        children.push(Child::Block { block, data_bytes: leaf.data_bytes() });
     }
     let pack = PackId { session: first(), number: NODES_FROM };
     let mut builder = PackBuilder::new(pack, PackKind::Manifest, &Keys::none());
@@ -234,7 +235,7 @@ async fn make(store: &Synthetic, len_bytes: u64) {
         metadata: BTreeMap::new(),
         parent: None,
         origin: None,
-        volumes: vec![VolumeRecord::new(name("v"), len_bytes, len_bytes, root.unwrap())],
+        volumes: vec![VolumeRecord::new(name("v"), len_bytes, root.unwrap())],
         stats: SnapshotStats::default(),
     };
     let decision = Decision::Commit { stamp: format!("{:032x}", 1), snapshot: Box::new(record) };

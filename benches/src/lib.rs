@@ -2,7 +2,14 @@
 
 #![expect(clippy::expect_used, reason = "a measurement that can't run has nothing to report")]
 
-use petra_engine::format::frame::{self, FrameEncoder};
+use petra_engine::format::frame::{self, FrameEncoder, FrameLocation};
+use petra_engine::format::leaf::{ChunkRef, Extent, Leaf};
+use petra_engine::{ChunkId, PackId, SnapshotId};
+
+/// A common length of chunks.
+pub const CHUNK_BYTES: u32 = 16 << 10;
+/// Chunks in a leaf.
+pub const CHUNKS: u32 = 4096;
 
 /// Bytes that do not compress.
 pub fn random(len: usize) -> Vec<u8> {
@@ -35,4 +42,25 @@ pub fn frames(data: &[u8]) -> Vec<(Vec<u8>, u32)> {
         (stored, raw.len() as u32)
     });
     frames.collect()
+}
+
+/// A segment full of chunks, 64 in each frame.
+pub fn leaf() -> Leaf {
+    let in_frame = 64;
+    let pack = PackId { session: SnapshotId::from_parts(1, 1), number: 7 };
+    let frames = (0..CHUNKS / in_frame).map(|n| FrameLocation {
+        pack,
+        offset: n * 400_000,
+        stored_len: 400_000,
+        raw_len: in_frame * CHUNK_BYTES,
+    });
+    let extents = (0..CHUNKS).map(|n| {
+        Extent::Chunk(ChunkRef {
+            id: ChunkId::of(&[&b"chunk "[..], &n.to_le_bytes()].concat()),
+            len: CHUNK_BYTES,
+            frame: n / in_frame,
+            offset: n % in_frame * CHUNK_BYTES,
+        })
+    });
+    Leaf { frames: frames.collect(), extents: extents.collect() }
 }

@@ -92,8 +92,10 @@ impl Differences {
         }
         let first = usize::try_from(start / SEGMENT_BYTES).unwrap_or(usize::MAX);
         let pairs = before.leaves.iter().zip(&after.leaves).enumerate().skip(first);
-        begun.differing =
-            pairs.filter(|(_, (a, b))| !same(a, b)).map(|(n, (a, b))| (n, *a, *b)).collect();
+        begun.differing = pairs
+            .filter(|(_, (a, b))| !a.has_content_of(b))
+            .map(|(n, (a, b))| (n, *a, *b))
+            .collect();
         let common = from.len_bytes.min(to.len_bytes).max(start);
         begun.tail = Some(common..begun.longest()).filter(|tail| !tail.is_empty());
         Ok(begun)
@@ -131,14 +133,6 @@ impl Differences {
         let mut ranges = join(inside.filter(|range| !range.is_empty()).collect());
         self.last = ranges.pop().map(|range| range.start..range.end);
         Ok(Some(ranges))
-    }
-}
-
-fn same(a: &Child, b: &Child) -> bool {
-    match (a, b) {
-        (Child::Zero, Child::Zero) => true,
-        (Child::Block(a), Child::Block(b)) => a.digest == b.digest,
-        _ => false,
     }
 }
 

@@ -220,7 +220,7 @@ impl VolumeReader {
     async fn segment(&self, segment: u64) -> Result<Child> {
         let (mut child, root_level) = self.volume.root();
         for level in (1..=root_level).rev() {
-            let Child::Block(block) = child else { return Ok(Child::Zero) };
+            let Child::Block { block, .. } = child else { return Ok(Child::Zero) };
             let below = node::child_bytes(level) / SEGMENT_BYTES;
             let at = segment / below;
             let node = self.node(level, at / FAN_OUT as u64, &block).await?;
@@ -244,7 +244,7 @@ impl VolumeReader {
     /// The leaf of a segment; None when it is all zeros.
     async fn leaf(&self, segment: u64, bounds: &Range<u64>) -> Result<Option<Arc<Leaf>>> {
         self.ctx.check()?;
-        let Child::Block(block) = self.segment(segment).await? else { return Ok(None) };
+        let Child::Block { block, .. } = self.segment(segment).await? else { return Ok(None) };
         let cell = self.leaves.cell(segment);
         let read = || async {
             tree::read_leaf(&self.repo, &block, bounds.end - bounds.start).await.map(Arc::new)

@@ -300,10 +300,11 @@ impl From<BlockRef> for RootRef {
 
 impl VolumeRecord {
     /// Builds a record; computes the content digest.
-    pub fn new(name: Name, len_bytes: u64, data_bytes: u64, root: Child) -> Self {
+    pub fn new(name: Name, len_bytes: u64, root: Child) -> Self {
+        let data_bytes = root.data_bytes();
         let root = match root {
             Child::Zero => None,
-            Child::Block(block) => Some(block.into()),
+            Child::Block { block, .. } => Some(block.into()),
         };
         let content = content_digest(len_bytes, root.as_ref());
         Self { name, len_bytes, data_bytes, content, root }
@@ -312,7 +313,9 @@ impl VolumeRecord {
     /// The root as a child, with the level of its node.
     pub fn root(&self) -> (Child, u8) {
         let level = node::root_level(format::segments(self.len_bytes));
-        let child = self.root.map_or(Child::Zero, |root| Child::Block(root.into()));
+        let data_bytes = self.data_bytes;
+        let child =
+            self.root.map_or(Child::Zero, |root| Child::Block { block: root.into(), data_bytes });
         (child, level)
     }
 

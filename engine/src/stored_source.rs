@@ -91,7 +91,7 @@ impl StoredSource {
             Some((copy, parent)) => readable_segments(repo, parent, ctx).await.ok().map(|before| {
                 let same = segments.iter().zip(before).enumerate().map(|(n, (now, before))| {
                     let range = |volume: &VolumeRecord| tree::segment_range(volume.len_bytes, n);
-                    range(volume) == range(parent) && same_content(now, &before)
+                    range(volume) == range(parent) && now.has_content_of(&before)
                 });
                 Unchanged { copy, same: same.collect() }
             }),
@@ -124,7 +124,7 @@ impl StoredSource {
         segment: usize,
         work: impl FnOnce(&mut Open) -> Result<T>,
     ) -> Result<Option<T>> {
-        let Some(Child::Block(block)) = self.segments.get(segment) else { return Ok(None) };
+        let Some(Child::Block { block, .. }) = self.segments.get(segment) else { return Ok(None) };
         let known = {
             let mut reading = self.reading();
             let at = reading.iter().position(|open| open.segment == segment);
@@ -204,14 +204,6 @@ async fn readable_segments(
     match segments.unreadable.into_iter().next() {
         Some(unreadable) => Err(unreadable.error),
         None => Ok(segments.leaves),
-    }
-}
-
-fn same_content(a: &Child, b: &Child) -> bool {
-    match (a, b) {
-        (Child::Zero, Child::Zero) => true,
-        (Child::Block(a), Child::Block(b)) => a.digest == b.digest,
-        _ => false,
     }
 }
 

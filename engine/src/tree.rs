@@ -77,7 +77,7 @@ pub(crate) async fn segments_from(
             let count = (total - before.min(total)).min(FAN_OUT as u64) as usize;
             match child {
                 Child::Zero => (n, Ok(vec![Child::Zero; count])),
-                Child::Block(block) => {
+                Child::Block { block, .. } => {
                     let node = read_node(repo, &block, level, count, ctx).await;
                     (n, node.map(|node| node.children))
                 }
@@ -88,12 +88,12 @@ pub(crate) async fn segments_from(
         for ((n, result), child) in below.drain(..).zip(&children) {
             match (result, child) {
                 (Ok(grandchildren), child) => {
-                    if let Child::Block(block) = child {
+                    if let Child::Block { block, .. } = child {
                         found.nodes.push(*block);
                     }
                     next.extend(grandchildren);
                 }
-                (Err(error), Child::Block(node)) if error.is_unreadable() => {
+                (Err(error), Child::Block { block: node, .. }) if error.is_unreadable() => {
                     let start = n as u64 * node_bytes;
                     let end = start.saturating_add(node_bytes).min(volume.len_bytes);
                     let count = (end - start).div_ceil(child_bytes) as usize;
@@ -235,7 +235,7 @@ pub async fn leaves(
 ) -> Result<Vec<(usize, SegmentLeaf)>> {
     let spans = children.iter().enumerate().filter_map(|(position, (_, child))| match child {
         Child::Zero => None,
-        Child::Block(block) => Some(Span {
+        Child::Block { block, .. } => Some(Span {
             pack: block.pack,
             offset: block.offset,
             len: block.len,
@@ -334,7 +334,8 @@ pub fn build(
                 Some(block) => *block,
                 None => write(BlockKind::Node, &node.encode(), digest)?,
             };
-            above.push(Child::Block(block));
+            let data_bytes = group.iter().map(Child::data_bytes).sum();
+            above.push(Child::Block { block, data_bytes });
         }
         children = above;
     }

@@ -158,12 +158,12 @@ async fn pieces(
         }
         let mut fresh = Vec::new();
         for (segment, child) in segments.leaves.into_iter().enumerate() {
-            let Child::Block(block) = child else { continue };
+            let Child::Block { block, data_bytes } = child else { continue };
             let block = now.block(block).await?;
             pieces.push(((block.pack, block.offset), block.len));
             // By place, not by content: leaves of equal content may list different frames.
             if seen.insert((block.pack, block.offset)) {
-                fresh.push((segment, Child::Block(block)));
+                fresh.push((segment, Child::Block { block, data_bytes }));
             }
         }
         for batch in fresh.chunks(tree::BATCH_SEGMENTS) {

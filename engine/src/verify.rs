@@ -214,7 +214,7 @@ impl Check<'_> {
             let mut keys = HashMap::new();
             let mut fresh = Vec::new();
             for (segment, child) in batch {
-                let Child::Block(block) = child else { continue };
+                let Child::Block { block, .. } = child else { continue };
                 let key = (block.digest, block.pack, block.offset);
                 keys.insert(segment, key);
                 self.used.extend(self.places(block).await?);

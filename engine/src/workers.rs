@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use rayon::ThreadPool;
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use crate::context::Context;
 use crate::error::{Error, Result};
@@ -42,6 +43,24 @@ impl Workers {
             let _ = reply.send(work());
         });
         result.await.map_err(|_| Error::Internal("a worker panicked"))?
+    }
+
+    /// Does the same with each of some things, on all threads. The results are in the order of the things.
+    pub async fn each<T: Send + 'static, U: Send + 'static>(
+        &self,
+        ctx: &Context,
+        things: Vec<T>,
+        work: impl Fn(T) -> U + Send + Sync + 'static,
+    ) -> Result<Vec<U>> {
+        match &self.0 {
+            None => Ok(things.into_iter().map(work).collect()),
+            Some(_) => self.run(ctx, || Ok(things.into_par_iter().map(work).collect())).await,
+        }
+    }
+
+    /// The threads, if there are any.
+    pub fn pool(&self) -> Option<Arc<ThreadPool>> {
+        self.0.clone()
     }
 
     /// Runs work that waits for a disk or a pipe.

@@ -7,20 +7,16 @@
 use std::hint::black_box;
 use std::process::ExitCode;
 
-use petra_benches::{frames, random, text};
+use petra_benches::{CHUNK_BYTES, CHUNKS, frames, leaf, random, text};
+use petra_engine::ChunkId;
 use petra_engine::chunker::Chunking;
-use petra_engine::format::frame::{self, FrameEncoder, FrameLocation};
-use petra_engine::format::leaf::{ChunkRef, Extent, Leaf};
+use petra_engine::format::frame::{self, FrameEncoder};
+use petra_engine::format::leaf::Leaf;
 use petra_engine::index::{ChunkLocation, DedupIndex};
 use petra_engine::scan::is_zero;
-use petra_engine::{ChunkId, PackId, SnapshotId};
 
 /// Input of those that take bytes.
 const LEN: usize = 4 << 20;
-/// A common length of chunks.
-const CHUNK_BYTES: u32 = 16 << 10;
-/// Chunks in the index, and in a leaf.
-const CHUNKS: u32 = 4096;
 
 type Path = (&'static str, fn());
 
@@ -132,25 +128,4 @@ fn leaf_decode() {
     let (block, digest) = (leaf.encode(), leaf.digest());
     let segment_bytes = u64::from(CHUNKS) * u64::from(CHUNK_BYTES);
     measured(|| Leaf::decode(&block, segment_bytes, digest).expect("a leaf that was just made"));
-}
-
-/// A segment full of chunks, 64 in each frame.
-fn leaf() -> Leaf {
-    let in_frame = 64;
-    let pack = PackId { session: SnapshotId::from_parts(1, 1), number: 7 };
-    let frames = (0..CHUNKS / in_frame).map(|n| FrameLocation {
-        pack,
-        offset: n * 400_000,
-        stored_len: 400_000,
-        raw_len: in_frame * CHUNK_BYTES,
-    });
-    let extents = (0..CHUNKS).map(|n| {
-        Extent::Chunk(ChunkRef {
-            id: ChunkId::of(&[&b"chunk "[..], &n.to_le_bytes()].concat()),
-            len: CHUNK_BYTES,
-            frame: n / in_frame,
-            offset: n % in_frame * CHUNK_BYTES,
-        })
-    });
-    Leaf { frames: frames.collect(), extents: extents.collect() }
 }

@@ -92,7 +92,7 @@ impl Controller {
     ) -> Result<Ranges, Status> {
         let found = self.volume_of(id, secrets).await?;
         let (volume, _) = found.volume()?;
-        let zeros = VolumeRecord::new(volume.name.clone(), volume.len_bytes, 0, Child::Zero);
+        let zeros = VolumeRecord::new(volume.name.clone(), volume.len_bytes, Child::Zero);
         self.ranges(&found, &zeros, volume, from, max_results).await
     }
 

@@ -167,7 +167,7 @@ impl<'a> Walk<'a> {
             }
             let mut fresh = Vec::new();
             for (segment, child) in segments.leaves.into_iter().enumerate() {
-                let Child::Block(block) = child else { continue };
+                let Child::Block { block, .. } = child else { continue };
                 if !self.walked.contains(&(block.pack, block.offset)) {
                     self.settle(Piece::Block(BlockKind::Leaf, block), needed).await?;
                     fresh.push((segment, child));
@@ -182,7 +182,7 @@ impl<'a> Walk<'a> {
                         self.leaf(&leaf, needed).await?;
                     }
                     // Only now: where the walk ends early, other roots must still go through the rest.
-                    if let Child::Block(block) = child {
+                    if let Child::Block { block, .. } = child {
                         self.walked.insert((block.pack, block.offset));
                     }
                 }

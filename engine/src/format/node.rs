@@ -4,8 +4,8 @@
 //! |---|---|
 //! | level | 1 byte |
 //! | packs | as in a leaf |
-//! | children | count, then for each run of zero children `length << 1`, for each other one `1` and three |
-//! | | varints: pack, offset, length |
+//! | children | count, then for each run of zero children `length << 1`, for each other one `1` and four |
+//! | | varints: pack, offset, length, bytes of the volume that are not zeros |
 //! | digests | 32 bytes for each child that is not zero |
 
 use super::block::{self, BlockKind, BlockRef, PackTable};
@@ -25,7 +25,31 @@ pub enum Child {
     /// All zeros: nothing is stored.
     Zero,
     /// A leaf or node.
-    Block(BlockRef),
+    Block {
+        /// Where it is.
+        block: BlockRef,
+        /// Bytes of the volume below it that are not zeros. They let a new snapshot count what it does not read.
+        data_bytes: u64,
+    },
+}
+
+impl Child {
+    /// Bytes of the volume that are not zeros.
+    pub fn data_bytes(&self) -> u64 {
+        match self {
+            Self::Zero => 0,
+            Self::Block { data_bytes, .. } => *data_bytes,
+        }
+    }
+
+    /// True for parts of volumes that are known to hold the same bytes.
+    pub fn has_content_of(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Zero, Self::Zero) => true,
+            (Self::Block { block: a, .. }, Self::Block { block: b, .. }) => a.digest == b.digest,
+            _ => false,
+        }
+    }
 }
 
 /// A node of a manifest tree.
@@ -62,7 +86,7 @@ impl Node {
         for child in &self.children {
             match child {
                 Child::Zero => hasher.update(&[0]),
-                Child::Block(block) => hasher.update(&[1]).update(&block.digest.0),
+                Child::Block { block, .. } => hasher.update(&[1]).update(&block.digest.0),
             };
         }
         Digest(*hasher.finalize().as_bytes())
@@ -83,12 +107,13 @@ impl Node {
         for child in &self.children {
             match child {
                 Child::Zero => zeros += 1,
-                Child::Block(block) => {
+                Child::Block { block, data_bytes } => {
                     end_zeros(&mut zeros, &mut entries);
                     put_varint(&mut entries, 1);
                     put_varint(&mut entries, packs.intern(block.pack));
                     put_varint(&mut entries, u64::from(block.offset));
                     put_varint(&mut entries, u64::from(block.len));
+                    put_varint(&mut entries, *data_bytes);
                     digests.extend_from_slice(&block.digest.0);
                 }
             }
@@ -147,8 +172,9 @@ impl Node {
                 if len as usize > block::MAX_STORED_BYTES || offset.checked_add(len).is_none() {
                     return Err(FormatError::invalid(format!("a block of {len} bytes")));
                 }
-                let digest = Digest([0; 32]);
-                children.push(Child::Block(BlockRef { digest, pack, offset, len }));
+                let data_bytes = reader.bounded("bytes of a child", child_bytes(level))?;
+                let block = BlockRef { digest: Digest([0; 32]), pack, offset, len };
+                children.push(Child::Block { block, data_bytes });
             } else if tag & 1 == 0 && zeros > 0 && children.len() + zeros <= count {
                 children.resize(children.len() + zeros, Child::Zero);
             } else {
@@ -156,7 +182,7 @@ impl Node {
             }
         }
         for child in &mut children {
-            if let Child::Block(block) = child {
+            if let Child::Block { block, .. } = child {
                 block.digest = Digest(reader.array()?);
             }
         }
@@ -175,17 +201,12 @@ mod tests {
     fn any_node() -> impl Strategy<Value = Node> {
         let child = prop_oneof![
             Just(Child::Zero),
-            (any::<[u8; 32]>(), 0_u32..3, any::<u16>(), 0_u32..100_000).prop_map(
-                |(digest, number, offset, len)| {
+            (any::<[u8; 32]>(), 0_u32..3, any::<u16>(), 0_u32..100_000, 1..=SEGMENT_BYTES)
+                .prop_map(|(digest, number, offset, len, data_bytes)| {
                     let pack = PackId { session: SnapshotId::from_parts(7, 7), number };
-                    Child::Block(BlockRef {
-                        digest: Digest(digest),
-                        pack,
-                        offset: offset.into(),
-                        len,
-                    })
-                }
-            ),
+                    let (digest, offset) = (Digest(digest), offset.into());
+                    Child::Block { block: BlockRef { digest, pack, offset, len }, data_bytes }
+                }),
         ];
         (1_u8..=MAX_LEVEL, prop::collection::vec(child, 0..100))
             .prop_map(|(level, children)| Node { level, children })

@@ -100,7 +100,7 @@ impl Damage {
         for mut batch in walk.batches() {
             batch.retain(|(_, child)| match child {
                 Child::Zero => false,
-                Child::Block(block) => {
+                Child::Block { block, .. } => {
                     let place = (block.pack, block.offset);
                     !seen.contains(&place) && fresh.insert(place)
                 }
@@ -109,7 +109,7 @@ impl Damage {
             let mut leaves = Vec::with_capacity(batch.len());
             for (segment, leaf) in walk.leaves(batch).await? {
                 match (leaf, children.get(&segment)) {
-                    (Err(error), Some(Child::Block(block))) if error.is_unreadable() => {
+                    (Err(error), Some(Child::Block { block, .. })) if error.is_unreadable() => {
                         self.block(BlockKind::Leaf, *block, describe(&error).1);
                     }
                     (leaf, _) => leaves.push((segment, leaf)),
@@ -294,7 +294,7 @@ async fn each_leaf(
         let read = tree::leaves(repo, volume.len_bytes, batch.to_vec(), ctx).await?;
         for ((segment, child), (_, leaf)) in batch.iter().zip(read) {
             let start = tree::segment_range(volume.len_bytes, *segment).start;
-            let Child::Block(block) = child else { continue };
+            let Child::Block { block, .. } = child else { continue };
             match &leaf {
                 Ok(Some(leaf)) => see(start, block, Ok(leaf)),
                 Ok(None) => {}

@@ -34,6 +34,7 @@ use crate::session::Session;
 use crate::source::Source;
 use crate::tree;
 use crate::url::SnapshotRef;
+use crate::workers::Workers;
 
 mod halt;
 mod packer;
@@ -200,16 +201,16 @@ async fn write(
 
     let index = Arc::new(DedupIndex::new(ctx.limits.index_chunks));
     let known = Known { index, shunned: Arc::new(shunned) };
+    let workers = Workers::start(ctx)?;
     let mut volumes = Vec::with_capacity(request.volumes.len());
-    let mut budget = ctx.limits.index_chunks / 2;
+    let budget = ctx.limits.index_chunks / 2;
+    let mut fill = Fill { repo, known: &known, workers: &workers, budget, ctx };
     for (name, source) in &request.volumes {
         let before = parent.and_then(|parent| {
             let name = compared_with(parent, name, &**source);
             Some((parent.id, parent.volume(name)?))
         });
-        let job =
-            VolumeJob::prepare(repo, source.clone(), before, &known, &mut budget, ctx).await?;
-        volumes.push(job);
+        volumes.push(VolumeJob::prepare(&mut fill, source.clone(), before).await?);
     }
     for record in &witnesses {
         let is_parent = parent.is_some_and(|parent| parent.id == record.id);
@@ -219,9 +220,9 @@ async fn write(
                     .volumes
                     .iter()
                     .any(|(name, source)| *compared_with(record, name, &**source) == volume.name);
-            if budget > 0 && !is_prepared {
+            if fill.budget > 0 && !is_prepared {
                 let leaves = tree::segments(repo, volume, ctx).await?.leaves;
-                preload(repo, volume.len_bytes, &leaves, &known, &mut budget, ctx).await?;
+                fill.preload(volume.len_bytes, &leaves).await?;
             }
         }
     }
@@ -229,7 +230,7 @@ async fn write(
     for (_, source) in &request.volumes {
         ctx.progress.event(Event::Planned { bytes: source.data_bytes_hint() });
     }
-    let pipeline = Pipeline::new(repo, session.id(), known, ctx);
+    let pipeline = Pipeline::new(repo, session.id(), known, workers, ctx);
     let written = pipeline.run(volumes).await?;
     for (_, source) in &request.volumes {
         source.check_unchanged()?;
@@ -237,13 +238,13 @@ async fn write(
 
     let counts = &written.counts;
     let stats = SnapshotStats {
-        data_bytes: written.volumes.iter().map(|volume| volume.data_bytes).sum(),
+        data_bytes: written.roots.iter().map(Child::data_bytes).sum(),
         new_bytes: counts.new_bytes.load(Ordering::Relaxed),
         stored_bytes: counts.stored_bytes.load(Ordering::Relaxed),
         puts: counts.packs.load(Ordering::Relaxed) + session.puts() + 1,
         elapsed_ms: ctx.host.unix_ms().saturating_sub(started),
     };
-    let named = request.volumes.iter().zip(&written.volumes);
+    let named = request.volumes.iter().zip(&written.roots);
     let record = SnapshotRecord {
         id: session.id(),
         experiment: request.experiment.clone(),
@@ -256,8 +257,8 @@ async fn write(
         parent: parent.map(|parent| parent.id),
         origin,
         volumes: named
-            .map(|((name, source), volume)| {
-                VolumeRecord::new(name.clone(), source.len_bytes(), volume.data_bytes, volume.root)
+            .map(|((name, source), root)| {
+                VolumeRecord::new(name.clone(), source.len_bytes(), *root)
             })
             .collect(),
         stats,
@@ -267,7 +268,17 @@ async fn write(
     Ok(record)
 }
 
-/// What a [`preload`] read.
+/// Puts the chunks of volumes into the index before the work begins.
+struct Fill<'a> {
+    repo: &'a Repository,
+    known: &'a Known,
+    workers: &'a Workers,
+    /// Chunks that may still be put into it.
+    budget: usize,
+    ctx: &'a Context,
+}
+
+/// What a [`Fill`] read of a volume.
 #[derive(Debug, Default)]
 struct Preloaded {
     /// Segments, from the first.
@@ -276,38 +287,38 @@ struct Preloaded {
     unusable: Vec<usize>,
 }
 
-/// Puts the chunks of a volume into the index, from its first segment, while `budget` lasts. Damage costs
-/// duplicates, not the snapshot.
-async fn preload(
-    repo: &Repository,
-    len_bytes: u64,
-    leaves: &[Child],
-    known: &Known,
-    budget: &mut usize,
-    ctx: &Context,
-) -> Result<Preloaded> {
-    let mut done = Preloaded::default();
-    for batch in leaves.chunks(tree::BATCH_SEGMENTS) {
-        if *budget == 0 {
-            break;
-        }
-        let numbered = batch.iter().enumerate().map(|(n, child)| (done.segments + n, *child));
-        let leaves = tree::leaves(repo, len_bytes, numbered.collect(), ctx).await?;
-        for (child, (segment, leaf)) in batch.iter().zip(leaves) {
-            match leaf {
-                Ok(Some(leaf)) => {
-                    *budget = budget.saturating_sub(known.remember(&leaf));
-                    if known.shuns(child, &leaf) {
-                        done.unusable.push(segment);
-                    }
-                }
-                Ok(None) => {}
-                Err(_) => done.unusable.push(segment),
+impl Fill<'_> {
+    /// Takes the leaves of a volume, from its first segment, while the budget lasts. Damage costs duplicates, not the
+    /// snapshot.
+    async fn preload(&mut self, len_bytes: u64, leaves: &[Child]) -> Result<Preloaded> {
+        let mut done = Preloaded::default();
+        for batch in leaves.chunks(tree::BATCH_SEGMENTS) {
+            if self.budget == 0 {
+                break;
             }
+            let numbered = batch.iter().enumerate().map(|(n, child)| (done.segments + n, *child));
+            let read = tree::leaves(self.repo, len_bytes, numbered.collect(), self.ctx).await?;
+            let mut found = Vec::with_capacity(read.len());
+            for (child, (segment, leaf)) in batch.iter().zip(read) {
+                match leaf {
+                    Ok(Some(leaf)) => {
+                        if self.known.shuns(child, &leaf) {
+                            done.unusable.push(segment);
+                        }
+                        found.push(leaf);
+                    }
+                    Ok(None) => {}
+                    Err(_) => done.unusable.push(segment),
+                }
+            }
+            let known = self.known.clone();
+            let counts = self.workers.each(self.ctx, found, move |leaf| known.remember(&leaf));
+            let count: usize = counts.await?.into_iter().sum();
+            self.budget = self.budget.saturating_sub(count);
+            done.segments += batch.len();
         }
-        done.segments += batch.len();
+        Ok(done)
     }
-    Ok(done)
 }
 
 /// What may be used again.
@@ -338,7 +349,7 @@ impl Known {
     fn shuns(&self, child: &Child, leaf: &Leaf) -> bool {
         let own = match child {
             Child::Zero => None,
-            Child::Block(block) => Some(block.pack),
+            Child::Block { block, .. } => Some(block.pack),
         };
         let mut packs = leaf.frames.iter().map(|frame| frame.pack).chain(own);
         !self.shunned.is_empty() && packs.any(|pack| self.shunned.contains(&pack))

@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, mpsc};
 use super::halt::Halt;
 use super::packer::{Buffers, Counts, Packer, upload};
 use super::worker::{Method, Worker};
-use super::{Known, preload};
+use super::{Fill, Known};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::block::BlockRef;
@@ -22,6 +22,7 @@ use crate::repository::Repository;
 use crate::source::Source;
 use crate::splice::Changes;
 use crate::tree::{self, Segments};
+use crate::workers::Workers;
 
 /// Parent leaves that are read ahead of the workers.
 const LEAVES_AHEAD: usize = 8;
@@ -55,20 +56,11 @@ struct Job {
     method: Method,
 }
 
-/// A volume that was written.
-#[derive(Debug)]
-pub struct WrittenVolume {
-    /// The root of its manifest.
-    pub root: Child,
-    /// Bytes that are not zeros.
-    pub data_bytes: u64,
-}
-
 /// What a pipeline wrote.
 #[derive(Debug)]
 pub struct Written {
-    /// In the order of the jobs.
-    pub volumes: Vec<WrittenVolume>,
+    /// The roots of the manifests, in the order of the jobs.
+    pub roots: Vec<Child>,
     /// What it cost.
     pub counts: Arc<Counts>,
 }
@@ -76,20 +68,19 @@ pub struct Written {
 impl VolumeJob {
     /// Reads what is needed of the parent.
     pub async fn prepare(
-        repo: &Repository,
+        fill: &mut Fill<'_>,
         source: Arc<dyn Source>,
         parent: Option<(SnapshotId, &VolumeRecord)>,
-        known: &Known,
-        budget: &mut usize,
-        ctx: &Context,
     ) -> Result<Self> {
         let (segments, before_len) = match parent {
-            Some((_, volume)) => (tree::segments(repo, volume, ctx).await?, volume.len_bytes),
+            Some((_, volume)) => {
+                (tree::segments(fill.repo, volume, fill.ctx).await?, volume.len_bytes)
+            }
             None => (Segments::default(), 0),
         };
         let mut before = segments.leaves;
-        let done = preload(repo, before_len, &before, known, budget, ctx).await?;
-        let shunned = |node: &BlockRef| known.shunned.contains(&node.pack);
+        let done = fill.preload(before_len, &before).await?;
+        let shunned = |node: &BlockRef| fill.known.shunned.contains(&node.pack);
         let distrusted = !done.unusable.is_empty()
             || !segments.unreadable.is_empty()
             || segments.nodes.iter().any(shunned);
@@ -150,12 +141,15 @@ impl VolumeJob {
     async fn prepare_segment(&self, mut job: Job, pipeline: &Pipeline) -> Result<Job> {
         let is_new = job.segment >= self.preloaded;
         let changes = self.changes(job.segment, &pipeline.ctx).await?;
+        // A leaf that is kept is read only where it may lead to packs that are set aside: a large volume has thousands.
+        let is_taken_over =
+            changes.as_ref().is_some_and(Changes::is_empty) && pipeline.known.shunned.is_empty();
         let block = match job.before {
-            Child::Zero => {
+            Child::Block { block, .. } if !is_taken_over => block,
+            Child::Block { .. } | Child::Zero => {
                 job.method = Method::from_changes(None, changes);
                 return Ok(job);
             }
-            Child::Block(block) => block,
         };
         let range = tree::segment_range(self.before_len, job.segment);
         match tree::read_leaf(&pipeline.repo, &block, range.end - range.start).await {
@@ -182,15 +176,22 @@ pub struct Pipeline {
     repo: Repository,
     session: SnapshotId,
     known: Known,
+    workers: Workers,
     ctx: Context,
     halt: Arc<Halt>,
 }
 
 impl Pipeline {
     /// A pipeline that reuses what the index knows.
-    pub fn new(repo: &Repository, session: SnapshotId, known: Known, ctx: &Context) -> Self {
+    pub fn new(
+        repo: &Repository,
+        session: SnapshotId,
+        known: Known,
+        workers: Workers,
+        ctx: &Context,
+    ) -> Self {
         let halt = Arc::new(Halt::new(&ctx.cancel));
-        Self { repo: repo.clone(), session, known, ctx: ctx.clone(), halt }
+        Self { repo: repo.clone(), session, known, workers, ctx: ctx.clone(), halt }
     }
 
     /// Goes through all volumes. When it returns, every pack is acknowledged.
@@ -198,9 +199,10 @@ impl Pipeline {
         // The parts are tasks of their own, which would go on after this future was dropped.
         let _guard = self.halt.guard();
         let counts = Arc::new(Counts::default());
-        let inline = self.ctx.limits.threads == 0;
+        let pool = self.workers.pool();
         // Work within a task can't wait for room in the middle of a segment; it waits between segments.
-        let (complete, packs) = mpsc::channel(if inline { Semaphore::MAX_PERMITS } else { 1 });
+        let (complete, packs) =
+            mpsc::channel(if pool.is_none() { Semaphore::MAX_PERMITS } else { 1 });
         let (jobs, queue) = mpsc::channel(2 * self.ctx.limits.threads.max(1));
         let buffers = Arc::new(Buffers::default());
         let uploader = tokio::spawn(upload(
@@ -218,18 +220,17 @@ impl Pipeline {
             let (volumes, counts) = (volumes.clone(), counts.clone());
             let packer = Packer::new(self.session, self.repo.keys(), complete, buffers, &ctx);
             let chunking = self.repo.config().chunking;
-            if inline {
-                tokio::spawn(async move {
+            match pool {
+                None => tokio::spawn(async move {
                     let (index, packer, counts) = (&*index, &packer, &*counts);
                     let stage = Stage { volumes: &volumes, chunking, index, packer, counts };
                     stage.run_inline(queue, &halt, &ctx).await
-                })
-            } else {
-                tokio::task::spawn_blocking(move || {
+                }),
+                Some(pool) => tokio::task::spawn_blocking(move || {
                     let (index, packer, counts) = (&*index, &packer, &*counts);
                     let stage = Stage { volumes: &volumes, chunking, index, packer, counts };
-                    stage.run(queue, &halt, &ctx)
-                })
+                    stage.run(&pool, queue, &halt, &ctx)
+                }),
             }
         };
         let planned = self.plan(&volumes, jobs).await;
@@ -237,7 +238,7 @@ impl Pipeline {
         let written = work.await.map_err(|_| Error::Internal("a snapshot worker panicked"))?;
         uploader.await.map_err(|_| Error::Internal("the task that stores packs panicked"))?;
         self.halt.result()?;
-        Ok(Written { volumes: written?, counts })
+        Ok(Written { roots: written?, counts })
     }
 
     /// Sends every segment to the workers, after the index has the parent's chunks of that segment.
@@ -267,27 +268,22 @@ struct Stage<'a> {
     counts: &'a Counts,
 }
 
-/// The leaves of a volume as they come, and its bytes that are not zeros.
-type Leaves = Mutex<(Vec<Child>, u64)>;
+/// The leaves of a volume as they come.
+type Leaves = Mutex<Vec<Child>>;
 
 impl Stage<'_> {
-    /// Does all work on threads of its own.
+    /// Does all work on the threads of a pool.
     fn run(
         &self,
+        pool: &rayon::ThreadPool,
         queue: mpsc::Receiver<Job>,
         halt: &Halt,
         ctx: &Context,
-    ) -> Result<Vec<WrittenVolume>> {
-        let threads = ctx.limits.threads;
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|n| format!("petra-worker-{n}"))
-            .build()
-            .map_err(|_| Error::Internal("no worker threads can be started"))?;
+    ) -> Result<Vec<Child>> {
         let queue = Mutex::new(queue);
         let leaves = self.leaves();
         pool.scope(|scope| {
-            for _ in 0..threads {
+            for _ in 0..pool.current_num_threads() {
                 scope.spawn(|_| {
                     if let Err(error) = self.work(&queue, &leaves, halt, ctx) {
                         halt.fail(error);
@@ -304,7 +300,7 @@ impl Stage<'_> {
         queue: mpsc::Receiver<Job>,
         halt: &Halt,
         ctx: &Context,
-    ) -> Result<Vec<WrittenVolume>> {
+    ) -> Result<Vec<Child>> {
         let leaves = self.leaves();
         if let Err(error) = self.work_inline(queue, &leaves, halt, ctx).await {
             halt.fail(error);
@@ -356,7 +352,7 @@ impl Stage<'_> {
 
     fn leaves(&self) -> Vec<Leaves> {
         let count = |volume: &VolumeJob| tree::segment_count(volume.source.len_bytes());
-        self.volumes.iter().map(|v| Mutex::new((vec![Child::Zero; count(v)], 0))).collect()
+        self.volumes.iter().map(|v| Mutex::new(vec![Child::Zero; count(v)])).collect()
     }
 
     fn segment(&self, worker: &mut Worker<'_>, job: Job, leaves: &[Leaves]) -> Result<()> {
@@ -365,31 +361,28 @@ impl Stage<'_> {
             return Err(Error::Internal("a job for no volume"));
         };
         let range = tree::segment_range(volume.source.len_bytes(), job.segment);
-        let done = worker.segment(&*volume.source, range, job.before, job.method)?;
+        let made = worker.segment(&*volume.source, range, job.before, job.method)?;
         let mut leaves = leaves.lock().unwrap_or_else(PoisonError::into_inner);
-        leaves.1 += done.data_bytes;
-        if let Some(child) = leaves.0.get_mut(job.segment) {
-            *child = done.child;
+        if let Some(child) = leaves.get_mut(job.segment) {
+            *child = made;
         }
         Ok(())
     }
 
     /// Writes the nodes above the leaves, and sends what is still open.
-    fn finish(&self, leaves: Vec<Leaves>, halt: &Halt) -> Result<Vec<WrittenVolume>> {
+    fn finish(&self, leaves: Vec<Leaves>, halt: &Halt) -> Result<Vec<Child>> {
         if halt.is_set() {
             return Err(Error::Cancelled);
         }
-        let mut written = Vec::with_capacity(self.volumes.len());
+        let mut roots = Vec::with_capacity(self.volumes.len());
         for (volume, leaves) in self.volumes.iter().zip(leaves) {
-            let (children, data_bytes) =
-                leaves.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let children = leaves.into_inner().unwrap_or_else(PoisonError::into_inner);
             let mut write = |kind, block: &[u8], digest| self.packer.add_block(kind, block, digest);
             let trusted = !volume.distrusted.load(Ordering::Relaxed);
             let known = if trusted { volume.nodes.as_slice() } else { &[] };
-            let root = tree::build(children, known, &mut write)?;
-            written.push(WrittenVolume { root, data_bytes });
+            roots.push(tree::build(children, known, &mut write)?);
         }
         self.packer.finish()?;
-        Ok(written)
+        Ok(roots)
     }
 }

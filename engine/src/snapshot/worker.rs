@@ -9,7 +9,7 @@ use crate::chunker::Chunking;
 use crate::context::Context;
 use crate::crypto::Keys;
 use crate::error::{Error, Result};
-use crate::format::block::{BlockKind, BlockRef};
+use crate::format::block::BlockKind;
 use crate::format::frame::{self, FrameEncoder, FrameLocation};
 use crate::format::leaf::{ChunkRef, Extent, Leaf};
 use crate::format::node::Child;
@@ -30,22 +30,13 @@ pub struct Worker<'a> {
     assembler: Assembler<'a>,
 }
 
-/// What a worker made of a segment.
-#[derive(Clone, Copy, Debug)]
-pub struct Done {
-    /// The leaf.
-    pub child: Child,
-    /// Bytes that are not zeros.
-    pub data_bytes: u64,
-}
-
 /// How the leaf of a segment is made.
 #[derive(Debug)]
 pub enum Method {
     /// From all of its bytes, which may be those of the parent's leaf.
     Scan(Option<Leaf>),
-    /// It is the parent's, whose bytes that are not zeros number so many.
-    Keep(u64),
+    /// It is the parent's.
+    Keep,
     /// From the parent's leaf, or zeros where it had none, and the bytes around the changes.
     Splice {
         /// The parent's leaf.
@@ -60,9 +51,7 @@ impl Method {
     pub fn from_changes(leaf: Option<Leaf>, changes: Option<Changes>) -> Self {
         match changes {
             None => Self::Scan(leaf),
-            Some(changes) if changes.is_empty() => {
-                Self::Keep(leaf.as_ref().map_or(0, Leaf::data_bytes))
-            }
+            Some(changes) if changes.is_empty() => Self::Keep,
             Some(changes) => Self::Splice { leaf, changes },
         }
     }
@@ -97,20 +86,20 @@ impl<'a> Worker<'a> {
         Ok(Self { scanner: Scanner::new(keys.cutter(chunking)), assembler })
     }
 
-    /// Processes one segment. `before` is the same segment of the parent.
+    /// Makes the leaf of one segment. `before` is that of the parent.
     pub fn segment(
         &mut self,
         source: &dyn Source,
         range: Range<u64>,
         before: Child,
         method: Method,
-    ) -> Result<Done> {
+    ) -> Result<Child> {
         let Self { scanner, assembler } = self;
         assembler.begin();
         match method {
-            Method::Keep(data_bytes) => {
-                assembler.ctx.progress.event(Event::Processed { bytes: data_bytes });
-                return Ok(Done { child: before, data_bytes });
+            Method::Keep => {
+                assembler.ctx.progress.event(Event::Processed { bytes: before.data_bytes() });
+                return Ok(before);
             }
             Method::Splice { leaf, changes } => {
                 let extents = tree::extents(leaf.as_ref(), range.end - range.start);
@@ -324,21 +313,19 @@ impl Assembler<'_> {
         self.ctx.progress.event(Event::Processed { bytes });
     }
 
-    fn end(&mut self, before: Child) -> Result<Done> {
+    fn end(&mut self, before: Child) -> Result<Child> {
         self.flush()?;
         self.report();
         let leaf = &self.leaf;
         let data_bytes = leaf.data_bytes();
         if data_bytes == 0 {
-            return Ok(Done { child: Child::Zero, data_bytes });
+            return Ok(Child::Zero);
         }
         let digest = leaf.digest();
-        let child = match before {
-            Child::Block(block @ BlockRef { digest: known, .. }) if known == digest => {
-                Child::Block(block)
-            }
-            _ => Child::Block(self.packer.add_block(BlockKind::Leaf, &leaf.encode(), digest)?),
+        let block = match before {
+            Child::Block { block, .. } if block.digest == digest => block,
+            _ => self.packer.add_block(BlockKind::Leaf, &leaf.encode(), digest)?,
         };
-        Ok(Done { child, data_bytes })
+        Ok(Child::Block { block, data_bytes })
     }
 }

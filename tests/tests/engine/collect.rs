@@ -347,18 +347,20 @@ async fn equal_leaves_keep_all_their_packs() {
         let (digest, block) = (leaf.digest(), leaf.encode());
         let offset = manifest.add_block(BlockKind::Leaf, &block);
         let len = block.len() as u32;
-        children.push(Child::Block(BlockRef { digest, pack: pack(2), offset, len }));
+        let block = BlockRef { digest, pack: pack(2), offset, len };
+        children.push(Child::Block { block, data_bytes: 5_000 });
     }
     let node = Node { level: 1, children };
     let (digest, block) = (node.digest(), node.encode());
     let offset = manifest.add_block(BlockKind::Node, &block);
-    let root = BlockRef { digest, pack: pack(2), offset, len: block.len() as u32 };
+    let block = BlockRef { digest, pack: pack(2), offset, len: block.len() as u32 };
+    let root = Child::Block { block, data_bytes: 10_000 };
     let (id, body) = manifest.finish();
     repo.store().put(&Key::pack(id), body.into()).await.unwrap();
     let like = take(&repo, &volume(9)).await.unwrap();
     let record = SnapshotRecord {
         id: session.id(),
-        volumes: vec![VolumeRecord::new(name("v"), 2 * SEGMENT, 10_000, Child::Block(root))],
+        volumes: vec![VolumeRecord::new(name("v"), 2 * SEGMENT, root)],
         ..like
     };
     session.commit(record.clone()).await.unwrap();

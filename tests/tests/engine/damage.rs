@@ -213,7 +213,7 @@ async fn a_leaf() {
     let leaf = async |site: &Site| {
         let volume = &site.records[0].volumes[0];
         let found = segments(&site.repo, volume, &context()).await.unwrap();
-        let Child::Block(leaf) = found.leaves[1] else { panic!("no leaf") };
+        let Child::Block { block: leaf, .. } = found.leaves[1] else { panic!("no leaf") };
         leaf.offset as usize + 60
     };
     damaged_pack(1, leaf, true).await;
@@ -224,7 +224,7 @@ async fn the_version_of_a_leaf() {
     let version = async |site: &Site| {
         let volume = &site.records[0].volumes[0];
         let found = segments(&site.repo, volume, &context()).await.unwrap();
-        let Child::Block(leaf) = found.leaves[1] else { panic!("no leaf") };
+        let Child::Block { block: leaf, .. } = found.leaves[1] else { panic!("no leaf") };
         leaf.offset as usize + 4
     };
     damaged_pack(1, version, true).await;

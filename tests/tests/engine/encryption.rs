@@ -187,7 +187,7 @@ async fn tells(repo: &Repository, records: &[SnapshotRecord]) -> Vec<Vec<u8>> {
         tells.push(record.volumes[0].content.to_string().into_bytes());
         let leaves = segments(repo, &record.volumes[0], &context()).await.unwrap().leaves;
         for leaf in leaves {
-            let Child::Block(leaf) = leaf else { panic!("no leaf") };
+            let Child::Block { block: leaf, .. } = leaf else { panic!("no leaf") };
             tells.push(leaf.digest.0.to_vec());
         }
     }

@@ -218,7 +218,7 @@ async fn a_healed_manifest_leads_to_the_data_of_the_other_snapshot() {
     let volume = volume();
     let (first, second) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
     let found = segments(&repo, &first.volumes[0], &context()).await.unwrap();
-    let Child::Block(leaf) = found.leaves[0] else { panic!("no leaf") };
+    let Child::Block { block: leaf, .. } = found.leaves[0] else { panic!("no leaf") };
     damage(&memory, leaf.pack, Damage::Flipped, leaf.offset as usize + 60);
     let report = repair_with(&repo, &[]).await;
     assert_eq!(report.lost, []);

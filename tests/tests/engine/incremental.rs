@@ -4,6 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use petra_engine::format::node::Child;
+use petra_engine::key::Key;
+use petra_engine::repair::{RepairOptions, repair};
 use petra_engine::snapshot::{Parent, SnapshotRequest, snapshot};
 use petra_engine::source::Source;
 use petra_engine::store::MemoryStore;
@@ -205,16 +208,58 @@ async fn only_what_has_changed_is_read() {
     }
 }
 
+/// However many there are.
+#[tokio::test]
+async fn leaves_of_segments_that_did_not_change_are_not_read() {
+    let store = Arc::new(MemoryStore::new());
+    let recording = Recording::new(store.clone());
+    let repo = init(recording.clone()).await;
+    let mut volume = Volume::zeros(70 * SEGMENT);
+    for segment in 0..70 {
+        volume.write(segment * SEGMENT + 5_000, &noise(segment, 6_000));
+    }
+    // The index has room for the chunks of the first leaves only.
+    let ctx = small(2, 64);
+    let first = snapshot(&repo, request("r", &[("v", &volume)]), &ctx).await.unwrap();
+    volume.write(66 * SEGMENT, &noise(9, 1_000));
+    volume.zero(67 * SEGMENT..68 * SEGMENT);
+    let changes = vec![66 * SEGMENT..66 * SEGMENT + 1_000, 67 * SEGMENT..68 * SEGMENT];
+    recording.reset();
+    let after =
+        |told: &Arc<Told>, id| SnapshotRequest { parent: Parent::Snapshot(id), ..told.request() };
+    let told = Told::new(&volume, first.id, changes);
+    let second = snapshot(&repo, after(&told, first.id), &ctx).await.unwrap();
+    let log = recording.log();
+    let reads = log.iter().filter(|call| call.is(Operation::GetRange, "packs/")).count();
+    assert!((1..10).contains(&reads), "{log:#?}");
+    let full = take(&new_repo().await, &volume).await.unwrap();
+    assert_eq!(second.volumes[0].data_bytes, full.volumes[0].data_bytes);
+    assert_eq!(second.volumes[0].content, full.volumes[0].content);
+
+    // But they are once a repair has set packs aside, and what they hold is stored anew.
+    let leaves = segments(&repo, &second.volumes[0], &ctx).await.unwrap().leaves;
+    let Child::Block { block: leaf, .. } = leaves[69] else { panic!("no leaf") };
+    store.damage(Key::pack(leaf.pack).as_str(), |mut pack| {
+        pack[leaf.offset as usize + 60] ^= 1;
+        Some(pack)
+    });
+    let repo = Repository::open(store).await.unwrap();
+    let repaired = repair(&repo, &RepairOptions::default(), &context()).await.unwrap();
+    assert_eq!(repaired.quarantined, [leaf.pack]);
+    let told = Told::new(&volume, second.id, vec![]);
+    let third = snapshot(&repo, after(&told, second.id), &ctx).await.unwrap();
+    assert!(told.read.load(Ordering::Relaxed) >= 6_000);
+    check(&repo, &third.volumes[0], &volume).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_parent_that_is_damaged_is_not_spliced() {
     let recording = Recording::new(Arc::new(MemoryStore::new()));
     let repo = init(recording.clone()).await;
     let volume = base();
     let first = take(&repo, &volume).await.unwrap();
-    let petra_engine::format::node::Child::Block(root) = first.volumes[0].root().0 else {
-        panic!()
-    };
-    let key = petra_engine::key::Key::pack(root.pack);
+    let Child::Block { block: root, .. } = first.volumes[0].root().0 else { panic!("no root") };
+    let key = Key::pack(root.pack);
     let mut pack = repo.store().get(&key).await.unwrap().to_vec();
     // All leaves, but not the root: it comes last.
     pack[16..root.offset as usize].fill(0);

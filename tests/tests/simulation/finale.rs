@@ -197,7 +197,7 @@ async fn walk(
         let leaves = segments.leaves.into_iter().enumerate();
         let leaves: Vec<(usize, Child)> = leaves.collect();
         for (_, child) in &leaves {
-            if let Child::Block(block) = child {
+            if let Child::Block { block, .. } = child {
                 packs.insert(block.pack);
             }
         }

@@ -255,7 +255,7 @@ mod tests {
                 repository: "file:///r".to_owned(),
                 snapshot: id,
                 number: 1,
-                volume: VolumeRecord::new(name.clone(), 1 << 30, 0, Child::Zero),
+                volume: VolumeRecord::new(name.clone(), 1 << 30, Child::Zero),
                 pin: id,
                 start: Some(StartList::new([0..4096, 1 << 20..2 << 20])),
                 hydrated: false,
