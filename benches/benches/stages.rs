@@ -2,15 +2,21 @@
 
 #![expect(clippy::expect_used, reason = "a measurement that can't run has nothing to report")]
 
-use divan::counter::BytesCount;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
-use petra_benches::{frames, random, text};
+use petra_benches::{CHUNK_BYTES, CHUNKS, frames, leaf, random, text};
 use petra_engine::ChunkId;
 use petra_engine::chunker::Chunking;
 use petra_engine::context::Context;
 use petra_engine::crypto::{Keys, Piece};
 use petra_engine::format::frame::{self, FrameEncoder};
+use petra_engine::format::leaf::Leaf;
+use petra_engine::index::{ChunkLocation, DedupIndex};
 use petra_engine::scan::is_zero;
+use petra_volume::extents::{ExtentMap, differing};
 
 const LEN: usize = 16 << 20;
 
@@ -118,6 +124,82 @@ fn decompress(bencher: Bencher<'_, '_>, kind: &str) {
         }
         raw.len()
     });
+}
+
+/// Chunks that were not there before.
+#[divan::bench]
+fn index_insert(bencher: Bencher<'_, '_>) {
+    let found = locations();
+    bencher
+        .counter(ItemsCount::new(CHUNKS))
+        .with_inputs(|| DedupIndex::new(4 * CHUNKS as usize))
+        .bench_refs(|index| found.iter().for_each(|(id, location)| index.insert(*id, *location)));
+}
+
+/// Half of them are there.
+#[divan::bench]
+fn index_get(bencher: Bencher<'_, '_>) {
+    let (found, index) = (locations(), DedupIndex::new(4 * CHUNKS as usize));
+    found.iter().step_by(2).for_each(|(id, location)| index.insert(*id, *location));
+    bencher
+        .counter(ItemsCount::new(CHUNKS))
+        .bench(|| found.iter().filter(|(id, _)| index.get(black_box(id)).is_some()).count());
+}
+
+fn locations() -> Vec<(ChunkId, ChunkLocation)> {
+    let leaf = leaf();
+    let located = leaf.chunks().map(|(_, chunk)| {
+        let frame = *leaf.frames.get(chunk.frame as usize).expect("a frame of the leaf");
+        (chunk.id, ChunkLocation { frame, offset: chunk.offset })
+    });
+    located.collect()
+}
+
+#[divan::bench]
+fn leaf_encode(bencher: Bencher<'_, '_>) {
+    let leaf = leaf();
+    bencher.counter(ItemsCount::new(CHUNKS)).bench(|| black_box(&leaf).encode());
+}
+
+/// With its checksum and its content digest.
+#[divan::bench]
+fn leaf_decode(bencher: Bencher<'_, '_>) {
+    let leaf = leaf();
+    let (block, digest) = (leaf.encode(), leaf.digest());
+    let len = u64::from(CHUNKS) * u64::from(CHUNK_BYTES);
+    bencher
+        .counter(ItemsCount::new(CHUNKS))
+        .bench(|| Leaf::decode(black_box(&block), len, digest).expect("what was encoded"));
+}
+
+/// As the kernel tells it.
+#[divan::bench]
+fn extent_map(bencher: Bencher<'_, '_>) {
+    let file = fragmented();
+    bencher.counter(ItemsCount::new(EXTENTS)).bench(|| map(&file));
+}
+
+/// Between two files that share nothing.
+#[divan::bench]
+fn extent_difference(bencher: Bencher<'_, '_>) {
+    let (a, b) = (map(&fragmented()), map(&fragmented()));
+    bencher.counter(ItemsCount::new(EXTENTS)).bench(|| differing(black_box(&a), &b).len());
+}
+
+const EXTENTS: u64 = 4096;
+
+/// A file of so many extents, of 4 KiB each.
+fn fragmented() -> File {
+    let file = tempfile::tempfile().expect("room for a file");
+    for n in 0..EXTENTS {
+        file.write_all_at(&[1; 4096], n * 8192).expect("room for its data");
+    }
+    file.sync_all().expect("a disk that works");
+    file
+}
+
+fn map(file: &File) -> ExtentMap {
+    ExtentMap::read(file, 0..EXTENTS * 8192).expect("a file system that knows FIEMAP")
 }
 
 fn sample(kind: &str) -> Vec<u8> {

@@ -161,6 +161,17 @@ def memory(results: dict[str, Any]) -> str:
     return as_markdown(table)
 
 
+def hardware(results: dict[str, Any]) -> str:
+    rounds, size = results["rounds"], results["bytes"]
+    table = [["", "s", "MB/s", "CPU, s"]]
+    for what, label in (("bare", "read, cut, hash, write in a bare loop"), ("petra", "first snapshot")):
+        wall, cpu = (middle(rounds, what, "s1", figure) for figure in ("wall", "cpu"))
+        table.append([label, f"{wall:.2f}", f"{size / wall / 1e6:.0f}", f"{cpu:.2f}"])
+    shares = sorted(ratio([costs], "bare", "s1", "wall") for costs in rounds)
+    return (f"{size >> 30} GiB of incompressible unique data; {where(results)} Medians of {len(rounds)} rounds.\n\n{as_markdown(table)}\n"
+            f"Share: {statistics.median(shares):.2f} (rounds: {shares[0]:.2f} to {shares[-1]:.2f}; goal: at least 0.8).\n")
+
+
 # ---------------------------------------------------------------------------------------- growth
 
 GROWTH = {
@@ -296,5 +307,6 @@ def volumes(results: dict[str, Any]) -> str:
 
 
 PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "peers": ("benchmarks.md", peers), "memory": ("benchmarks.md", memory), "growth": ("benchmarks.md", growth),
+    "peers": ("benchmarks.md", peers), "hardware": ("benchmarks.md", hardware),
+    "memory": ("benchmarks.md", memory), "growth": ("benchmarks.md", growth),
     "s3": ("benchmarks.md", s3), "volumes": ("benchmarks.md", volumes), "settings": ("format.md", settings)}
