@@ -3,13 +3,12 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{
-    Advice, FallocateFlags, FlockOperation, RenameFlags, SeekFrom, fadvise, fallocate, flock, seek,
-};
+use rustix::fs::{FallocateFlags, FlockOperation, RenameFlags, SeekFrom, fallocate, flock, seek};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -161,6 +160,12 @@ impl FileTarget {
     }
 }
 
+/// Begins to write out what is dirty of a file, and does not wait for it. A hint: what goes wrong shows in the next sync.
+pub fn begin_writeback(file: &File) {
+    // SAFETY: the call takes no memory of this process.
+    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
 /// Opens the file of a restore in progress for this one alone. What an interrupted restore left is overwritten; one
 /// that still runs is not.
 fn lock_partial(path: &Path, partial: &Path) -> Result<File> {
@@ -220,9 +225,10 @@ impl Sink for FileTarget {
         let len = bytes.len() as u64;
         let before = self.written.fetch_add(len, Ordering::Relaxed);
         if before / FLUSH_BYTES != (before + len) / FLUSH_BYTES {
-            // Starts to write out what is dirty, without waiting: the disk is busy while the next chunks are fetched
-            // and verified, and little is left for the final sync. A hint: where it fails, the sync does it all.
-            let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
+            // The disk is busy while the next chunks are fetched and verified, and little is left for the final sync.
+            // What is written out stays in the page cache: chunks end within pages, and a page that was dropped would be
+            // read back for the other half of it.
+            begin_writeback(&self.file);
         }
         Ok(())
     }

@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use petra_engine::target::begin_writeback;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
 use super::presence::{BLOCK_BYTES, Presence};
 use crate::error::{Error, Result};
 use crate::fuse::Zeroing;
-use crate::sys::files::begin_writeback;
 
 /// Bytes that one lock is for.
 const REGION_BYTES: u64 = 1 << 20;

@@ -2,7 +2,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use rustix::fs::{CWD, FlockOperation, IFlags, RenameFlags};
@@ -114,12 +113,6 @@ impl Space {
     pub fn of(path: &Path) -> crate::Result<Self> {
         space(path).map_err(crate::Error::io("look at", path))
     }
-}
-
-/// Begins to write out what is dirty of a file, and does not wait for it. A hint: what goes wrong shows in the next sync.
-pub(crate) fn begin_writeback(file: &File) {
-    // SAFETY: the call takes no memory of this process.
-    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 /// The room of the file system that `path` is on.
