@@ -8,7 +8,7 @@
 //!   workers     decompress, verify every chunk, write           (rayon)
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -19,6 +19,7 @@ use crate::chunks::{ChunkReader, FramePlan, Loss, Outcome, Placement, ranges, re
 use crate::context::Context;
 use crate::crypto::Keys;
 use crate::error::{Error, Result};
+use crate::fetch::Request;
 use crate::format::frame::FrameLocation;
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::Child;
@@ -323,12 +324,21 @@ impl<'a> Restore<'a> {
         let ctx = self.stoppable();
         let stop = ctx.cancel.clone();
         let (repo, sink, workers) = (self.repo.clone(), self.sink.clone(), self.workers.clone());
-        let reader = ChunkReader { repo, sink, workers, ctx };
-        let frames = frames.into_iter().collect();
-        let requests = requests(frames).into_iter().map(|request| reader.run(request));
-        let mut outcomes = stream::iter(requests).buffer_unordered(REQUESTS_IN_FLIGHT);
+        let reader = ChunkReader { repo, sink: sink.clone(), workers, ctx };
+        // In the order of the volume: what lies before the first place of all that is under way is settled.
+        let mut requests = requests(frames.into_iter().collect());
+        requests.sort_by_cached_key(first_target);
+        let mut under_way: BTreeMap<usize, u64> =
+            requests.iter().map(first_target).enumerate().collect();
+        let requests = requests.into_iter().enumerate();
+        let outcomes = requests.map(async |(number, request)| (number, reader.run(request).await));
+        let mut outcomes = stream::iter(outcomes).buffer_unordered(REQUESTS_IN_FLIGHT);
         let mut result = Ok(());
-        while let Some(outcome) = outcomes.next().await {
+        while let Some((number, outcome)) = outcomes.next().await {
+            under_way.remove(&number);
+            if let Some((_, first)) = under_way.first_key_value() {
+                sink.settled(*first);
+            }
             let noted = outcome.and_then(|outcome| self.note(outcome));
             if result.is_ok() && noted.is_err() {
                 stop.cancel();
@@ -374,6 +384,12 @@ fn plan(leaf: &Leaf, start: u64, frames: &mut HashMap<FrameLocation, Vec<Placeme
             frames.entry(*location).or_default().push(placement);
         }
     }
+}
+
+/// The first byte of the volume that a request is for.
+fn first_target(request: &Request<FramePlan>) -> u64 {
+    let placements = request.spans.iter().flat_map(|span| &span.tag.1);
+    placements.map(|placement| placement.target).min().unwrap_or_default()
 }
 
 /// Sorts ranges and joins those that touch.

@@ -2,13 +2,16 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, FlockOperation, RenameFlags, SeekFrom, fallocate, flock, seek};
+use rustix::fs::{
+    Advice, FallocateFlags, FlockOperation, RenameFlags, SeekFrom, fadvise, fallocate, flock, seek,
+};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result};
@@ -23,10 +26,13 @@ pub trait Sink: Send + Sync + fmt::Debug {
     fn take(&self, frame: &mut Vec<u8>, offset: u64) -> Result<()> {
         self.write_at(frame, offset)
     }
+
+    /// Nothing will be stored before this offset any more. A hint.
+    fn settled(&self, _before: u64) {}
 }
 
-/// How much is written between two starts of writing out.
-const FLUSH_BYTES: u64 = 256 << 20;
+/// How much is settled between two starts of writing out.
+const WRITEBACK_BYTES: u64 = 128 << 20;
 
 /// A file or block device that a volume is restored to.
 #[derive(Debug)]
@@ -37,8 +43,10 @@ pub struct FileTarget {
     /// Where a new file appears at the end.
     final_path: Option<PathBuf>,
     finished: bool,
-    /// Bytes written so far.
-    written: AtomicU64,
+    /// Nothing will be written before this offset any more.
+    settled: AtomicU64,
+    /// What lies before this offset is on its way to the disk.
+    written_out: AtomicU64,
     /// Holds old data: zeros must be written, and a comparison makes sense.
     holds_data: bool,
 }
@@ -62,7 +70,8 @@ impl FileTarget {
             path: partial,
             final_path,
             finished: false,
-            written: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
+            written_out: AtomicU64::new(0),
             holds_data: false,
         })
     }
@@ -105,7 +114,8 @@ impl FileTarget {
             path: path.to_owned(),
             final_path: None,
             finished: false,
-            written: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
+            written_out: AtomicU64::new(0),
             holds_data: true,
         })
     }
@@ -145,6 +155,21 @@ impl FileTarget {
         }
     }
 
+    /// Begins to write out what is settled, so that the disk is busy while more is fetched and verified, and little is left
+    /// for the final sync. What was begun before, and is clean by now, leaves the page cache to others. Nothing else may:
+    /// chunks end within pages, and a page that is dropped when one half of it is written is read back for the other.
+    fn write_out(&self) {
+        let settled = self.settled.load(Ordering::Relaxed) / WRITEBACK_BYTES * WRITEBACK_BYTES;
+        let begun = self.written_out.fetch_max(settled, Ordering::Relaxed);
+        if begun < settled {
+            begin_writeback(&self.file, 0..settled);
+            if let Some(begun) = NonZeroU64::new(begun) {
+                // A hint as well.
+                let _ = fadvise(&self.file, 0, Some(begun), Advice::DontNeed);
+            }
+        }
+    }
+
     /// Makes all durable, and gives a new file its name.
     pub fn finish(&mut self) -> Result<()> {
         self.file.sync_all().map_err(Error::io("sync", &self.path))?;
@@ -160,10 +185,13 @@ impl FileTarget {
     }
 }
 
-/// Begins to write out what is dirty of a file, and does not wait for it. A hint: what goes wrong shows in the next sync.
-pub fn begin_writeback(file: &File) {
+/// Begins to write out what is dirty in a range of a file, and does not wait for it. A hint: what goes wrong shows in the
+/// next sync.
+pub fn begin_writeback(file: &File, range: Range<u64>) {
+    let (start, len) = (range.start.cast_signed(), (range.end - range.start).cast_signed());
     // SAFETY: the call takes no memory of this process.
-    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+    let _ =
+        unsafe { libc::sync_file_range(file.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 /// Opens the file of a restore in progress for this one alone. What an interrupted restore left is overwritten; one
@@ -221,16 +249,14 @@ fn refuse(path: &Path, reason: &str) -> Error {
 
 impl Sink for FileTarget {
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        debug_assert!(self.settled.load(Ordering::Relaxed) <= offset, "it was said to be settled");
         self.file.write_all_at(bytes, offset).map_err(Error::io("write", &self.path))?;
-        let len = bytes.len() as u64;
-        let before = self.written.fetch_add(len, Ordering::Relaxed);
-        if before / FLUSH_BYTES != (before + len) / FLUSH_BYTES {
-            // The disk is busy while the next chunks are fetched and verified, and little is left for the final sync.
-            // What is written out stays in the page cache: chunks end within pages, and a page that was dropped would be
-            // read back for the other half of it.
-            begin_writeback(&self.file);
-        }
+        self.write_out();
         Ok(())
+    }
+
+    fn settled(&self, before: u64) {
+        self.settled.fetch_max(before, Ordering::Relaxed);
     }
 }
 

@@ -49,6 +49,7 @@ pub enum Command {
     /// Show what each experiment, run and snapshot holds alone
     Du(du::Du),
     /// Delete snapshots; their data goes with a later gc
+    #[command(alias = "delete")]
     Rm(rm::Rm),
     /// Bring back deleted snapshots that no gc has freed
     Undelete(undelete::Undelete),

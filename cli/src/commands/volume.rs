@@ -88,6 +88,7 @@ enum Action {
     /// Go on with uploads of snapshots that ended early, and print their URLs
     Upload(volume_snapshot::GoOn),
     /// Delete a volume and its copies
+    #[command(alias = "delete")]
     Rm {
         #[command(flatten)]
         volume: Named,

@@ -193,7 +193,7 @@ impl LocalImage {
         let len_bytes = bytes.len() as u64;
         let before = self.filled.fetch_add(len_bytes, Ordering::Relaxed);
         if before / WRITEBACK_BYTES != (before + len_bytes) / WRITEBACK_BYTES && !self.direct {
-            begin_writeback(&self.file);
+            begin_writeback(&self.file, 0..self.len_bytes);
         }
         Ok(())
     }
