@@ -326,12 +326,15 @@ impl<'a> Restore<'a> {
         let (repo, sink, workers) = (self.repo.clone(), self.sink.clone(), self.workers.clone());
         let reader = ChunkReader { repo, sink: sink.clone(), workers, ctx };
         // In the order of the volume: what lies before the first place of all that is under way is settled.
-        let mut requests = requests(frames.into_iter().collect());
-        requests.sort_by_cached_key(first_target);
-        let mut under_way: BTreeMap<usize, u64> =
-            requests.iter().map(first_target).enumerate().collect();
-        let requests = requests.into_iter().enumerate();
-        let outcomes = requests.map(async |(number, request)| (number, reader.run(request).await));
+        let requests = requests(frames.into_iter().collect()).into_iter();
+        let mut requests: Vec<_> =
+            requests.map(|request| (first_target(&request), request)).collect();
+        requests.sort_by_key(|(first, _)| *first);
+        let firsts = requests.iter().map(|(first, _)| *first).enumerate();
+        let mut under_way: BTreeMap<usize, u64> = firsts.collect();
+        let outcomes = requests.into_iter().enumerate();
+        let outcomes =
+            outcomes.map(async |(number, (_, request))| (number, reader.run(request).await));
         let mut outcomes = stream::iter(outcomes).buffer_unordered(REQUESTS_IN_FLIGHT);
         let mut result = Ok(());
         while let Some((number, outcome)) = outcomes.next().await {

@@ -188,10 +188,12 @@ impl FileTarget {
 /// Begins to write out what is dirty in a range of a file, and does not wait for it. A hint: what goes wrong shows in the
 /// next sync.
 pub fn begin_writeback(file: &File, range: Range<u64>) {
-    let (start, len) = (range.start.cast_signed(), (range.end - range.start).cast_signed());
+    let len = range.end.saturating_sub(range.start).cast_signed();
     // SAFETY: the call takes no memory of this process.
-    let _ =
-        unsafe { libc::sync_file_range(file.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE) };
+    let _ = unsafe {
+        let (file, start) = (file.as_raw_fd(), range.start.cast_signed());
+        libc::sync_file_range(file, start, len, libc::SYNC_FILE_RANGE_WRITE)
+    };
 }
 
 /// Opens the file of a restore in progress for this one alone. What an interrupted restore left is overwritten; one
@@ -265,6 +267,38 @@ impl Drop for FileTarget {
         if !self.finished && self.final_path.is_some() {
             // Nothing else can be done about a file that can't be removed.
             let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_settled_is_written_out_and_stays_as_it_was() {
+        const LEN: u64 = 4 * WRITEBACK_BYTES;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("restored");
+        let mut target = FileTarget::create(&path, LEN).unwrap();
+        // Pieces that end within pages, and neighbours that come at different times.
+        let pieces = (0..LEN).step_by(1 << 20).map(|at| (at + 1_000, at + 3_000));
+        for (first, second) in pieces.clone() {
+            target.write_at(&[1; 2_000], first).unwrap();
+            target.settled(first);
+            target.write_at(&[2; 2_000], second).unwrap();
+        }
+        assert_eq!(target.written_out.load(Ordering::Relaxed), LEN - WRITEBACK_BYTES);
+        target.finish().unwrap();
+        let restored = File::open(&path).unwrap();
+        let mut found = [0; 6_000];
+        for (first, _) in pieces {
+            restored.read_exact_at(&mut found, first - 1_000).unwrap();
+            let (before, rest) = found.split_at(1_000);
+            let (ones, rest) = rest.split_at(2_000);
+            let (twos, after) = rest.split_at(2_000);
+            assert!(before.iter().chain(after).all(|byte| *byte == 0));
+            assert!(ones.iter().all(|byte| *byte == 1) && twos.iter().all(|byte| *byte == 2));
         }
     }
 }
