@@ -385,12 +385,22 @@ fn overwrites_of_what_a_copy_shares_fill_a_pool() {
         };
         check(buffer);
         assert_eq!(hash(&volume.copy_image(taken)), copied, "{kind}");
+        // The pool itself needs none of what somebody else has filled to the last block.
+        if let Ok(other) = fs::File::create(lab.pool.root().join("other")) {
+            let write =
+                |at| other.write_all_at(&buffer[..4096], at).and_then(|()| other.sync_all());
+            assert!((0..512 * MIB).step_by(4096).any(|at| write(at).is_err()), "{kind}: no end");
+        }
+        assert!(fs::write(lab.pool.root().join("more"), "some").is_err(), "{kind}");
         // Also when nothing of it is in memory any more.
         drop(file);
         locked.detach().unwrap();
         locked.attach(false).unwrap();
         check(buffer);
         assert_eq!(hash(&volume.copy_image(taken)), copied, "{kind}");
+        for n in 0..100 {
+            locked.change(|state| state.wanted.patience_seconds = Some(n)).unwrap();
+        }
         // The copy goes, and there is room again.
         locked.delete_copy(taken).unwrap();
         lab.pool.check_free().unwrap();

@@ -224,12 +224,11 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T>
     serde_json::from_slice(bytes).map_err(damaged)
 }
 
-/// Writes a state: durable when this returns, and never half there.
+/// Writes a state: durable when this returns, and never half there. A full pool has room for it, unless it grows by much.
 pub(crate) fn write(path: &Path, state: &impl Serialize) -> Result<()> {
-    let mut bytes = serde_json::to_vec_pretty(state)
+    let text = serde_json::to_string_pretty(state)
         .map_err(|error| Error::Damaged { path: path.into(), detail: error.to_string() })?;
-    bytes.push(b'\n');
-    files::replace(path, &bytes).map_err(Error::io("write", path))
+    files::replace(path, &text).map_err(Error::io("write", path))
 }
 
 #[cfg(test)]

@@ -319,6 +319,7 @@ impl Upload {
     pub(super) fn forget(&self) {
         let (pool, id) = (&self.pool, self.state.id);
         // The lock's file last: while it is there, nobody takes the upload for one that can be gone on with.
+        remove(&place::spare_path(pool, id));
         remove(&place::path(pool, id));
         remove(&place::unwanted_path(pool, id));
         remove(&place::lock_path(pool, id));

@@ -1,8 +1,9 @@
 //! Small things with files: replace them atomically, lock them, flag them, and the room that is left for them.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::path::Path;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, FlockOperation, IFlags, RenameFlags};
 use rustix::io::Errno;
@@ -21,18 +22,47 @@ pub(crate) fn parent(path: &Path) -> &Path {
     }
 }
 
-/// Gives a file new content: after a crash it has the old or the new, never a part. One process at a time may do this to
-/// one file, which a lock sees to.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// File systems give room in blocks of so many bytes, and keep shorter files elsewhere.
+const BLOCK_BYTES: usize = 4096;
+
+/// Gives a file a new text: after a crash it has the old or the new, never a part. One process at a time may do this to one
+/// file, which a lock sees to. Spaces fill its last block.
+///
+/// Works also where no block is left, unless the text needs more of them than before: the old file stays beside the new one
+/// as `.new`, and the text after that is written over it.
+pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
+    let spare = spare_of(path)?;
+    fill(&spare, text)?.sync_all()?;
+    match rustix::fs::renameat_with(CWD, &spare, CWD, path, RenameFlags::EXCHANGE) {
+        // The first one.
+        Err(Errno::NOENT) => {
+            std::fs::rename(&spare, path)?;
+            fill(&spare, text)?;
+        }
+        exchanged => exchanged?,
+    }
+    sync_directory(parent(path))
+}
+
+/// Where the next text of a file is written.
+fn spare_of(path: &Path) -> io::Result<PathBuf> {
     let mut name = path.file_name().ok_or(Errno::INVAL)?.to_owned();
     name.push(".new");
-    let draft = path.with_file_name(name);
-    // One that a crash left is overwritten.
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&draft)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    std::fs::rename(&draft, path)?;
-    sync_directory(parent(path))
+    Ok(path.with_file_name(name))
+}
+
+fn fill(spare: &Path, text: &str) -> io::Result<File> {
+    let file = OpenOptions::new().write(true).create(true).truncate(false).open(spare)?;
+    if file.metadata()?.len() == 0 {
+        // btrfs takes new room for whatever is written, unless told so. Others don't know the attribute, or need it not.
+        let _ = set_flag(&file, IFlags::NOCOW);
+    }
+    let mut block = text.as_bytes().to_vec();
+    block.resize((text.len() + 1).next_multiple_of(BLOCK_BYTES) - 1, b' ');
+    block.push(b'\n');
+    file.write_all_at(&block, 0)?;
+    file.set_len(block.len() as u64)?;
+    Ok(file)
 }
 
 /// Reads a small file. More than `max_bytes` is an error, since it can't be ours.
@@ -134,12 +164,23 @@ mod tests {
     fn a_file_is_replaced_whole() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state");
-        replace(&path, b"one").unwrap();
-        std::fs::write(dir.path().join("state.new"), "half of a long one").unwrap();
-        replace(&path, b"two").unwrap();
-        assert_eq!(read_small(&path, 3).unwrap(), b"two");
-        assert!(read_small(&path, 2).is_err());
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        let text = || String::from_utf8(read_small(&path, 1 << 20).unwrap()).unwrap();
+        for n in 0..5 {
+            // Also where a crash has left a part, or none.
+            match n {
+                1 => std::fs::write(spare_of(&path).unwrap(), "half of a long one").unwrap(),
+                2 => std::fs::write(spare_of(&path).unwrap(), "long".repeat(5_000)).unwrap(),
+                3 => std::fs::remove_file(spare_of(&path).unwrap()).unwrap(),
+                _ => {}
+            }
+            let len = [0, 3, 4095, 4096, 5][n];
+            let next = n.to_string().repeat(len);
+            replace(&path, &next).unwrap();
+            assert_eq!(text().trim_end(), next);
+            assert_eq!(text().len(), if len == 4096 { 8192 } else { 4096 });
+            assert!(std::fs::read_dir(dir.path()).unwrap().count() <= 2);
+        }
+        assert!(read_small(&path, 4095).is_err());
     }
 
     #[test]
