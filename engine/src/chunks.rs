@@ -236,14 +236,15 @@ fn write_request(
             outcome.damaged.push(Loss { error, plan: span.tag.clone() });
             continue;
         }
+        // The same chunk may go to several places, but is hashed once.
+        let mut places: Vec<_> = placements.iter().map(|chunk| (chunk.offset, chunk.len)).collect();
+        places.sort_unstable();
+        places.dedup();
+        let chunks: Vec<_> = places.iter().map(|(at, len)| chunk_of(&raw, *at, *len)).collect();
+        let found: HashMap<_, _> = places.into_iter().zip(keys.chunk_ids(&chunks)).collect();
         let mut whole = Vec::with_capacity(placements.len());
-        // The same chunk may go to several places, but is verified once.
-        let mut verified: HashMap<(u32, u32, ChunkId), bool> = HashMap::new();
         for placement in placements {
-            let bytes = chunk_of(&raw, placement);
-            let ok = *verified
-                .entry((placement.offset, placement.len, placement.id))
-                .or_insert_with(|| keys.chunk_id(bytes) == placement.id);
+            let ok = found.get(&(placement.offset, placement.len)) == Some(&placement.id);
             if ok {
                 whole.push(*placement);
             } else {
@@ -259,10 +260,10 @@ fn write_request(
     Ok(outcome)
 }
 
-fn chunk_of<'a>(raw: &'a [u8], placement: &Placement) -> &'a [u8] {
-    let start = placement.offset as usize;
+fn chunk_of(raw: &[u8], offset: u32, len: u32) -> &[u8] {
+    let start = offset as usize;
     // The leaf's parser made sure that chunks lie within their frames.
-    raw.get(start..start + placement.len as usize).unwrap_or_default()
+    raw.get(start..start + len as usize).unwrap_or_default()
 }
 
 /// Writes verified chunks; neighbours in both frame and volume go in one call.
@@ -287,7 +288,7 @@ fn write_placements(
         if next.is_none() && run.offset == 0 && run.len as usize == raw.len() {
             sink.take(raw, run.target)?;
         } else {
-            sink.write_at(chunk_of(raw, &run), run.target)?;
+            sink.write_at(chunk_of(raw, run.offset, run.len), run.target)?;
         }
     }
     Ok(written)

@@ -29,6 +29,7 @@ pub mod error;
 pub mod fetch;
 pub mod format;
 mod graves;
+mod hash;
 pub mod id;
 pub mod index;
 pub mod key;

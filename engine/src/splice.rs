@@ -25,6 +25,7 @@
 //! parent; and zero blocks around that place are a run as short as in the parent, all of them data. The scanner stops
 //! at the first boundary that is one of the parent's too, and whose extent can be taken.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::crypto::Keys;
@@ -38,6 +39,8 @@ use crate::source::Source;
 const AHEAD_BYTES: u64 = (ZERO_RUN_BYTES + BLOCK_BYTES) as u64;
 /// Bytes behind a cut within which it shows.
 const SEEN_BYTES: usize = 2;
+/// Old chunks that are compared together.
+const CHUNKS_AT_ONCE: usize = 32;
 /// Bytes read at once where the old and the new pieces are expected to meet: about two chunks.
 const STEP_BYTES: u64 = 32 << 10;
 
@@ -163,7 +166,8 @@ pub(crate) fn compare(
     let changes = Changes { ranges: vec![] };
     let at = segment.start;
     let old = Old { segment: &segment, changes: &changes, extents: before, at };
-    let mut comparison = Comparison { old, keys, at, same: None, sink };
+    let known = VecDeque::new();
+    let mut comparison = Comparison { old, keys, at, known, same: None, sink };
     scanner.scan_knowing(source, segment.clone(), &mut comparison)
 }
 
@@ -173,6 +177,8 @@ struct Comparison<'a> {
     keys: &'a Keys,
     /// Where the next piece begins.
     at: u64,
+    /// Where old chunks begin, and whether the same bytes are in their places now.
+    known: VecDeque<(u64, bool)>,
     /// The next piece, if it is an old one.
     same: Option<Extent>,
     sink: &'a mut dyn FnMut(Spliced<'_>) -> Result<()>,
@@ -187,16 +193,38 @@ impl Receiver for Comparison<'_> {
 
     fn known_cut(&mut self, data: &[u8]) -> Option<usize> {
         self.old.seek(self.at);
-        let [old @ Extent::Chunk(chunk), Extent::Chunk(_), ..] = self.old.extents else {
-            return None;
-        };
-        let len = chunk.len as usize;
-        if self.old.at != self.at || data.len() < len + SEEN_BYTES {
-            return None;
+        let old = *self.old.extents.first().filter(|_| self.old.at == self.at)?;
+        while self.known.front().is_some_and(|(at, _)| *at < self.at) {
+            self.known.pop_front();
         }
-        let is_same = self.keys.chunk_id(data.get(..len)?) == chunk.id;
-        self.same = is_same.then_some(*old);
-        is_same.then_some(len)
+        if self.known.front().is_none_or(|(at, _)| *at > self.at) {
+            self.look_at(data);
+        }
+        let (_, is_same) = self.known.pop_front().filter(|(at, _)| *at == self.at)?;
+        self.same = is_same.then_some(old);
+        is_same.then_some(old.len_bytes() as usize)
+    }
+}
+
+impl Comparison<'_> {
+    /// Compares old chunks with what is in their places, the first of them with the beginning of `data`.
+    fn look_at(&mut self, data: &[u8]) {
+        self.known.clear();
+        let (mut chunks, mut ids) = (Vec::with_capacity(CHUNKS_AT_ONCE), vec![]);
+        let (mut at, mut rest) = (self.at, data);
+        for pair in self.old.extents.windows(2).take(CHUNKS_AT_ONCE) {
+            let [Extent::Chunk(chunk), Extent::Chunk(_)] = pair else { break };
+            let Some((bytes, behind)) = rest.split_at_checked(chunk.len as usize) else { break };
+            if behind.len() < SEEN_BYTES {
+                break;
+            }
+            chunks.push(bytes);
+            ids.push((at, chunk.id));
+            at += u64::from(chunk.len);
+            rest = behind;
+        }
+        let found = self.keys.chunk_ids(&chunks);
+        self.known.extend(ids.into_iter().zip(found).map(|((at, id), found)| (at, found == id)));
     }
 }
 

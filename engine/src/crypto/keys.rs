@@ -14,6 +14,7 @@ use crate::format::FormatError;
 use crate::format::block::BlockKind;
 use crate::format::envelope;
 use crate::format::pack::PackKind;
+use crate::hash;
 use crate::id::{ChunkId, PackId};
 use crate::key::Key;
 use crate::name::Name;
@@ -120,10 +121,16 @@ impl Keys {
 
     /// The name of a chunk.
     pub fn chunk_id(&self, bytes: &[u8]) -> ChunkId {
-        match &self.0 {
-            None => ChunkId::of(bytes),
-            Some(keys) => ChunkId(*blake3::keyed_hash(&keys.chunks, bytes).as_bytes()),
-        }
+        ChunkId(hash::hash_one(self.chunk_key(), bytes))
+    }
+
+    /// The names of chunks, which take less time together.
+    pub(crate) fn chunk_ids(&self, chunks: &[&[u8]]) -> impl Iterator<Item = ChunkId> {
+        hash::hash_all(self.chunk_key(), chunks).into_iter().map(ChunkId)
+    }
+
+    fn chunk_key(&self) -> Option<&[u8; 32]> {
+        Some(&self.0.as_deref()?.chunks)
     }
 
     /// The function that finds cuts. With a key nobody else knows where they are.
