@@ -167,12 +167,16 @@ impl Scanner {
             let data_end = data.map_or(segment_end, |d| round_up(d.end).min(segment_end));
             self.zeros(&mut run, (data_start - at) as usize, to)?;
             at = data_start;
+            // What the source knows to be read soon.
+            let mut told = at;
             while at < data_end {
                 let step = (part.step)(at);
                 debug_assert!(step > 0 && step <= WINDOW_BYTES && step.is_multiple_of(BLOCK_BYTES));
                 let want = (data_end - at).min(step as u64) as usize;
                 if !part.at_once {
-                    source.will_read(at..(at + 4 * step as u64).min(data_end));
+                    let soon = (at + 4 * step as u64).min(data_end);
+                    source.will_read(told.max(at)..soon);
+                    told = soon;
                 }
                 self.window(&mut run, source, at, want, part.at_once, to)?;
                 at += want as u64;
