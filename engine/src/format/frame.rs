@@ -183,33 +183,73 @@ fn decompress(
     })
 }
 
+/// Elements that are split or joined before those behind them, so that they stay in the processor's first cache from plane
+/// to plane.
+const ELEMENTS: usize = 1024;
+
 /// Splits elements of `stride` bytes into planes: all first bytes, then all second bytes, and so on. Bytes after
 /// the last whole element stay at the end.
 fn split(raw: &[u8], stride: usize, planes: &mut Vec<u8>) {
     planes.clear();
     planes.resize(raw.len(), 0);
-    let count = raw.len() / stride;
-    let (elements, rest) = raw.split_at(count * stride);
-    let (body, tail) = planes.split_at_mut(count * stride);
-    for (n, plane) in body.chunks_exact_mut(count.max(1)).enumerate() {
-        let bytes = elements.iter().skip(n).step_by(stride);
-        plane.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    match stride {
+        2 => split_with::<2>(raw, planes, |from, bits| (u16::from_le_bytes(from) >> bits) as u8),
+        4 => split_with::<4>(raw, planes, |from, bits| (u32::from_le_bytes(from) >> bits) as u8),
+        _ => split_with::<8>(raw, planes, |from, bits| (u64::from_le_bytes(from) >> bits) as u8),
     }
+}
+
+/// `byte` gives what is left of an element after a shift by so many bits. Compilers make vector instructions of shifts, not
+/// of indices.
+fn split_with<const STRIDE: usize>(
+    raw: &[u8],
+    planes: &mut [u8],
+    byte: impl Fn([u8; STRIDE], usize) -> u8,
+) {
+    let (elements, rest) = raw.as_chunks::<STRIDE>();
+    let (body, tail) = planes.split_at_mut(raw.len() - rest.len());
     tail.copy_from_slice(rest);
+    for (part, from) in elements.chunks(ELEMENTS).enumerate() {
+        for (n, plane) in body.chunks_exact_mut(elements.len()).enumerate() {
+            let to = plane.iter_mut().skip(part * ELEMENTS);
+            to.zip(from).for_each(|(to, from)| *to = byte(*from, 8 * n));
+        }
+    }
 }
 
 /// The inverse of [`split`].
 fn join(planes: &[u8], stride: usize, raw: &mut Vec<u8>) {
     raw.clear();
     raw.resize(planes.len(), 0);
-    let count = planes.len() / stride;
-    let (body, tail) = planes.split_at(count * stride);
-    let (elements, rest) = raw.split_at_mut(count * stride);
-    for (n, plane) in body.chunks_exact(count.max(1)).enumerate() {
-        let bytes = elements.iter_mut().skip(n).step_by(stride);
-        bytes.zip(plane).for_each(|(to, from)| *to = *from);
+    match stride {
+        2 => join_with::<2>(planes, raw, |to, byte, bits| {
+            (u16::from_le_bytes(to) | u16::from(byte) << bits).to_le_bytes()
+        }),
+        4 => join_with::<4>(planes, raw, |to, byte, bits| {
+            (u32::from_le_bytes(to) | u32::from(byte) << bits).to_le_bytes()
+        }),
+        _ => join_with::<8>(planes, raw, |to, byte, bits| {
+            (u64::from_le_bytes(to) | u64::from(byte) << bits).to_le_bytes()
+        }),
     }
+}
+
+/// `with` gives an element with one more byte, at so many bits. `raw` is all zeros.
+fn join_with<const STRIDE: usize>(
+    planes: &[u8],
+    raw: &mut [u8],
+    with: impl Fn([u8; STRIDE], u8, usize) -> [u8; STRIDE],
+) {
+    let (elements, rest) = raw.as_chunks_mut::<STRIDE>();
+    let (body, tail) = planes.split_at(planes.len() - rest.len());
     rest.copy_from_slice(tail);
+    let count = elements.len();
+    for (part, to) in elements.chunks_mut(ELEMENTS).enumerate() {
+        for (n, plane) in body.chunks_exact(count).enumerate() {
+            let from = plane.iter().skip(part * ELEMENTS);
+            to.iter_mut().zip(from).for_each(|(to, byte)| *to = with(*to, *byte, 8 * n));
+        }
+    }
 }
 
 /// What a frame seems to hold, by a look at some of its bytes.
@@ -336,6 +376,22 @@ mod tests {
         let text = b"a line of text that repeats\n".repeat(5_000);
         mixed.splice(..text.len(), text);
         assert_eq!(look(&mixed), Look::Other);
+    }
+
+    #[test]
+    fn planes_have_one_byte_of_each_element() {
+        for stride in STRIDES {
+            for len in [0, 1, stride, 3 * stride + 1, ELEMENTS * stride, 5_003 * stride + 1] {
+                let raw = random(len);
+                let (mut planes, mut back) = (Vec::new(), Vec::new());
+                split(&raw, stride, &mut planes);
+                let (whole, rest) = raw.split_at(len / stride * stride);
+                let expected = (0..stride).flat_map(|n| whole.iter().skip(n).step_by(stride));
+                assert!(planes.iter().eq(expected.chain(rest)), "{len} bytes by {stride}");
+                join(&planes, stride, &mut back);
+                assert!(back == raw, "{len} bytes by {stride}");
+            }
+        }
     }
 
     proptest! {
