@@ -24,7 +24,7 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::leaf::Leaf;
 use crate::format::node::Child;
-use crate::id::{PackId, SnapshotId};
+use crate::id::{Digest, PackId, SnapshotId};
 use crate::index::{ChunkLocation, DedupIndex};
 use crate::name::Name;
 use crate::progress::Event;
@@ -204,7 +204,8 @@ async fn write(
     let workers = Workers::start(ctx)?;
     let mut volumes = Vec::with_capacity(request.volumes.len());
     let budget = ctx.limits.index_chunks / 2;
-    let mut fill = Fill { repo, known: &known, workers: &workers, budget, ctx };
+    let seen = HashSet::new();
+    let mut fill = Fill { repo, known: &known, workers: &workers, budget, seen, ctx };
     for (name, source) in &request.volumes {
         let before = parent.and_then(|parent| {
             let name = compared_with(parent, name, &**source);
@@ -221,7 +222,8 @@ async fn write(
                     .iter()
                     .any(|(name, source)| *compared_with(record, name, &**source) == volume.name);
             if fill.budget > 0 && !is_prepared {
-                let leaves = tree::segments(repo, volume, ctx).await?.leaves;
+                let mut leaves = tree::segments(repo, volume, ctx).await?.leaves;
+                fill.pass_over_seen(&mut leaves);
                 fill.preload(volume.len_bytes, &leaves).await?;
             }
         }
@@ -275,6 +277,8 @@ struct Fill<'a> {
     workers: &'a Workers,
     /// Chunks that may still be put into it.
     budget: usize,
+    /// Leaves that were taken.
+    seen: HashSet<Digest>,
     ctx: &'a Context,
 }
 
@@ -288,6 +292,17 @@ struct Preloaded {
 }
 
 impl Fill<'_> {
+    /// Snapshots of one volume have most of their leaves in common: takes those away that need not be read again.
+    fn pass_over_seen(&self, leaves: &mut [Child]) {
+        for leaf in leaves {
+            if let Child::Block { block, .. } = leaf
+                && self.seen.contains(&block.digest)
+            {
+                *leaf = Child::Zero;
+            }
+        }
+    }
+
     /// Takes the leaves of a volume, from its first segment, while the budget lasts. Damage costs duplicates, not the
     /// snapshot.
     async fn preload(&mut self, len_bytes: u64, leaves: &[Child]) -> Result<Preloaded> {
@@ -304,6 +319,8 @@ impl Fill<'_> {
                     Ok(Some(leaf)) => {
                         if self.known.shuns(child, &leaf) {
                             done.unusable.push(segment);
+                        } else if let Child::Block { block, .. } = child {
+                            self.seen.insert(block.digest);
                         }
                         found.push(leaf);
                     }

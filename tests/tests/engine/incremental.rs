@@ -356,3 +356,19 @@ async fn a_small_snapshot_makes_few_requests() {
     let reads = [Operation::Get, Operation::GetRange, Operation::List].map(count);
     assert!(reads.iter().sum::<usize>() <= 20, "{reads:?} {log:#?}");
 }
+
+#[tokio::test]
+async fn leaves_that_snapshots_share_are_read_once() {
+    let recording = Recording::new(Arc::new(MemoryStore::new()));
+    let repo = init(recording.clone()).await;
+    let mut reads = Vec::new();
+    for _ in 0..6 {
+        recording.reset();
+        take(&repo, &base()).await.unwrap();
+        let log = recording.log();
+        reads.push(log.iter().filter(|call| call.is(Operation::GetRange, "packs/")).count());
+    }
+    // The parent's node, its leaves, and the same leaves when they are compared. A further snapshot of the run adds its node.
+    let added: Vec<usize> = reads.windows(2).skip(1).map(|pair| pair[1] - pair[0]).collect();
+    assert_eq!(added, [1; 4], "{reads:?}");
+}
