@@ -70,14 +70,13 @@ impl FrameEncoder {
     /// An encoder for one worker.
     pub fn new() -> std::io::Result<Self> {
         let mut compressor = Compressor::new(1)?;
-        // The time of level 1 and nearly the size of level 3, on frames of this size: the short table of the
-        // double-fast search stays in the processor's first cache (docs/format.md has the table).
+        // Stores less than level 1 in little more time: matches of less than six bytes are hardly worth their search
+        // (docs/format.md has the table).
         for parameter in [
             CParameter::WindowLog(20),
-            CParameter::Strategy(Strategy::ZSTD_dfast),
-            CParameter::HashLog(16),
-            CParameter::ChainLog(14),
-            CParameter::MinMatch(5),
+            CParameter::Strategy(Strategy::ZSTD_fast),
+            CParameter::HashLog(15),
+            CParameter::MinMatch(6),
             // The leaf has the length, and the chunks' ids are a better checksum.
             CParameter::ContentSizeFlag(false),
             CParameter::ChecksumFlag(false),
