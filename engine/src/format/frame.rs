@@ -365,7 +365,7 @@ mod tests {
             .collect();
         let (codec, len) = round_trip(&numbers);
         assert_eq!(codec, 4);
-        assert!(len < numbers.len() * 8 / 10, "{len} of {}", numbers.len());
+        assert!(len < numbers.len() * 82 / 100, "{len} of {}", numbers.len());
     }
 
     #[test]

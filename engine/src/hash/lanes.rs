@@ -1,4 +1,5 @@
 //! The compression function for as many leaves or nodes at once as a vector has lanes.
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "others have no kernels"))]
 
 /// Bytes that are compressed at once. Leaves consist of them, and an inner node is one.
 pub(super) const BLOCK_BYTES: usize = 64;

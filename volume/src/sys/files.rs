@@ -32,6 +32,8 @@ const BLOCK_BYTES: usize = 4096;
 /// as `.new`, and the text after that is written over it.
 pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
     let spare = spare_of(path)?;
+    // Who exchanged the two before may have been killed then: on the disk the spare would still be the file itself.
+    sync_directory(parent(path))?;
     fill(&spare, text)?.sync_all()?;
     match rustix::fs::renameat_with(CWD, &spare, CWD, path, RenameFlags::EXCHANGE) {
         // The first one.
