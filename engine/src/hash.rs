@@ -42,7 +42,7 @@ const IV: [u32; 8] = [
 /// The hash of each message, with a key or without. Messages are shorter than 4 GiB.
 pub(crate) fn hash_all(key: Option<&[u8; 32]>, messages: &[&[u8]]) -> Vec<[u8; 32]> {
     match Lanes::detect() {
-        // Alone, or of one leaf: there is nothing to gain.
+        // For one alone there is nothing to gain.
         Some(lanes) if messages.len() > 1 => hash_with(lanes, key, messages),
         _ => messages.iter().map(|message| hash_one(key, message)).collect(),
     }

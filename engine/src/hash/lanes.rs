@@ -152,12 +152,17 @@ impl<'a, const LANES: usize> Given<'a, LANES> {
     }
 }
 
-/// The values of as many jobs as a vector has lanes, word by word. Around it: `Vector`, `splat`, `load`, `store`, `add`,
-/// `xor`, `and`, `rotate` and `transposed`.
+/// The values of as many jobs as a vector has lanes, word by word, by a processor's instructions. `rotate` and `transposed`
+/// are around it.
 #[cfg(target_arch = "x86_64")]
 macro_rules! values_with {
-    ($feature:literal, $lanes:literal) => {
+    (
+        $feature:literal, $lanes:literal, $vector:ty, $splat:ident, $load:ident, $store:ident, $add:ident, $xor:ident,
+        $and:ident
+    ) => {
         const LANES: usize = $lanes;
+
+        type Vector = $vector;
 
         #[target_feature(enable = $feature)]
         pub(super) fn values(key: &[u32; 8], jobs: &[&Job<'_>; LANES]) -> [[u32; LANES]; 8] {
@@ -246,6 +251,46 @@ macro_rules! values_with {
             *c = add(*c, *d);
             *b = rotate::<7, 25>(xor(*b, *c));
         }
+
+        #[target_feature(enable = $feature)]
+        #[inline]
+        fn splat(word: u32) -> Vector {
+            $splat(word.cast_signed())
+        }
+
+        #[target_feature(enable = $feature)]
+        #[inline]
+        fn load(words: &[u32; LANES]) -> Vector {
+            // SAFETY: the reference is to as many bytes as a vector has; no alignment is needed.
+            unsafe { $load(words.as_ptr().cast()) }
+        }
+
+        #[target_feature(enable = $feature)]
+        #[inline]
+        fn store(vector: Vector) -> [u32; LANES] {
+            let mut words = [0; LANES];
+            // SAFETY: the reference is to as many bytes as a vector has; no alignment is needed.
+            unsafe { $store(words.as_mut_ptr().cast(), vector) };
+            words
+        }
+
+        #[target_feature(enable = $feature)]
+        #[inline]
+        fn add(a: Vector, b: Vector) -> Vector {
+            $add(a, b)
+        }
+
+        #[target_feature(enable = $feature)]
+        #[inline]
+        fn xor(a: Vector, b: Vector) -> Vector {
+            $xor(a, b)
+        }
+
+        #[target_feature(enable = $feature)]
+        #[inline]
+        fn and(a: Vector, b: Vector) -> Vector {
+            $and(a, b)
+        }
     };
 }
 
@@ -255,48 +300,9 @@ mod avx512 {
 
     use super::{BLOCK_BYTES, Given, IV, Job};
 
-    type Vector = __m512i;
-
-    values_with!("avx512f", 16);
-
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn splat(word: u32) -> Vector {
-        _mm512_set1_epi32(word.cast_signed())
-    }
-
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn load(words: &[u32; LANES]) -> Vector {
-        // SAFETY: the reference is to 64 bytes; no alignment is needed.
-        unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
-    }
-
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn store(vector: Vector) -> [u32; LANES] {
-        let mut words = [0; LANES];
-        // SAFETY: the reference is to 64 bytes; no alignment is needed.
-        unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), vector) };
-        words
-    }
-
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn add(a: Vector, b: Vector) -> Vector {
-        _mm512_add_epi32(a, b)
-    }
-
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn xor(a: Vector, b: Vector) -> Vector {
-        _mm512_xor_si512(a, b)
-    }
-
-    #[target_feature(enable = "avx512f")]
-    #[inline]
-    fn and(a: Vector, b: Vector) -> Vector {
-        _mm512_and_si512(a, b)
+    values_with! {
+        "avx512f", 16, __m512i, _mm512_set1_epi32, _mm512_loadu_si512, _mm512_storeu_si512, _mm512_add_epi32,
+        _mm512_xor_si512, _mm512_and_si512
     }
 
     /// To the right by so many bits, which is to the left by `LEFT`.
@@ -357,48 +363,9 @@ mod avx2 {
 
     use super::{BLOCK_BYTES, Given, IV, Job};
 
-    type Vector = __m256i;
-
-    values_with!("avx2", 8);
-
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    fn splat(word: u32) -> Vector {
-        _mm256_set1_epi32(word.cast_signed())
-    }
-
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    fn load(words: &[u32; LANES]) -> Vector {
-        // SAFETY: the reference is to 32 bytes; no alignment is needed.
-        unsafe { _mm256_loadu_si256(words.as_ptr().cast()) }
-    }
-
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    fn store(vector: Vector) -> [u32; LANES] {
-        let mut words = [0; LANES];
-        // SAFETY: the reference is to 32 bytes; no alignment is needed.
-        unsafe { _mm256_storeu_si256(words.as_mut_ptr().cast(), vector) };
-        words
-    }
-
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    fn add(a: Vector, b: Vector) -> Vector {
-        _mm256_add_epi32(a, b)
-    }
-
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    fn xor(a: Vector, b: Vector) -> Vector {
-        _mm256_xor_si256(a, b)
-    }
-
-    #[target_feature(enable = "avx2")]
-    #[inline]
-    fn and(a: Vector, b: Vector) -> Vector {
-        _mm256_and_si256(a, b)
+    values_with! {
+        "avx2", 8, __m256i, _mm256_set1_epi32, _mm256_loadu_si256, _mm256_storeu_si256, _mm256_add_epi32,
+        _mm256_xor_si256, _mm256_and_si256
     }
 
     /// To the right by so many bits, which is to the left by `LEFT`.

@@ -32,6 +32,7 @@ use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 
 use super::durable::{Durable, Pair, SLOT, SLOTS_AT_ONCE, WORDS, read_slots, slot_offset};
 use crate::error::{Error, Result};
+use crate::sys::files;
 
 pub use super::durable::Medium;
 
@@ -176,9 +177,7 @@ impl Presence<File> {
     /// Makes the presence map of a new volume of whose first `source_bytes` no block is there. What lies beyond them is
     /// there from the beginning. Durable when it returns.
     pub fn create(path: &Path, identity: VolumeIdentity, source_bytes: u64) -> Result<()> {
-        let mut new = path.as_os_str().to_owned();
-        new.push(".new");
-        let new = PathBuf::from(new);
+        let new = files::spare_of(path);
         if path.symlink_metadata().is_ok() {
             let within = path.parent().unwrap_or(Path::new("/")).display().to_string();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -475,9 +474,7 @@ fn create_working(
     boot: BootId,
     bits: &[u64],
 ) -> Result<MmapRaw> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
+    let new = files::spare_of(path);
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&new);
     let file = file.map_err(Error::io("create", &new))?;

@@ -94,11 +94,6 @@ pub(super) fn path(pool: &Pool, id: SnapshotId) -> PathBuf {
     directory(pool).join(format!("{id}.json"))
 }
 
-/// Where its next state is written.
-pub(super) fn spare_path(pool: &Pool, id: SnapshotId) -> PathBuf {
-    directory(pool).join(format!("{id}.json.new"))
-}
-
 /// Says that nobody wants the upload any more.
 pub(super) fn unwanted_path(pool: &Pool, id: SnapshotId) -> PathBuf {
     directory(pool).join(format!("{id}.unwanted"))

@@ -21,6 +21,7 @@ use crate::idle::Rate;
 use crate::pool::lock::Lock;
 use crate::pool::pins::blocking;
 use crate::pool::{BaseState, LARGEST_SECTOR_BYTES, Pool, entries, state};
+use crate::sys::files;
 use crate::volume::Volume;
 
 /// Metadata of a snapshot: the id of the upload that made it.
@@ -319,7 +320,7 @@ impl Upload {
     pub(super) fn forget(&self) {
         let (pool, id) = (&self.pool, self.state.id);
         // The lock's file last: while it is there, nobody takes the upload for one that can be gone on with.
-        remove(&place::spare_path(pool, id));
+        remove(&files::spare_of(&place::path(pool, id)));
         remove(&place::path(pool, id));
         remove(&place::unwanted_path(pool, id));
         remove(&place::lock_path(pool, id));

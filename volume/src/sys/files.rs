@@ -31,7 +31,7 @@ const BLOCK_BYTES: usize = 4096;
 /// Works also where no block is left, unless the text needs more of them than before: the old file stays beside the new one
 /// as `.new`, and the text after that is written over it.
 pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
-    let spare = spare_of(path)?;
+    let spare = spare_of(path);
     // Who exchanged the two before may have been killed then: on the disk the spare would still be the file itself.
     sync_directory(parent(path))?;
     fill(&spare, text)?.sync_all()?;
@@ -46,11 +46,11 @@ pub(crate) fn replace(path: &Path, text: &str) -> io::Result<()> {
     sync_directory(parent(path))
 }
 
-/// Where the next text of a file is written.
-fn spare_of(path: &Path) -> io::Result<PathBuf> {
-    let mut name = path.file_name().ok_or(Errno::INVAL)?.to_owned();
-    name.push(".new");
-    Ok(path.with_file_name(name))
+/// `PATH.new`: where the next content of a file is made.
+pub(crate) fn spare_of(path: &Path) -> PathBuf {
+    let mut spare = path.as_os_str().to_owned();
+    spare.push(".new");
+    spare.into()
 }
 
 fn fill(spare: &Path, text: &str) -> io::Result<File> {
@@ -170,9 +170,9 @@ mod tests {
         for n in 0..5 {
             // Also where a crash has left a part, or none.
             match n {
-                1 => std::fs::write(spare_of(&path).unwrap(), "half of a long one").unwrap(),
-                2 => std::fs::write(spare_of(&path).unwrap(), "long".repeat(5_000)).unwrap(),
-                3 => std::fs::remove_file(spare_of(&path).unwrap()).unwrap(),
+                1 => std::fs::write(spare_of(&path), "half of a long one").unwrap(),
+                2 => std::fs::write(spare_of(&path), "long".repeat(5_000)).unwrap(),
+                3 => std::fs::remove_file(spare_of(&path)).unwrap(),
                 _ => {}
             }
             let len = [0, 3, 4095, 4096, 5][n];
