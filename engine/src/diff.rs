@@ -15,6 +15,7 @@ use crate::record::VolumeRecord;
 use crate::repository::Repository;
 use crate::restore::{ByteRange, join};
 use crate::tree;
+use crate::workers::Workers;
 
 /// The difference of two volumes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -48,6 +49,7 @@ pub async fn diff(
 #[derive(Debug)]
 pub struct Differences {
     repo: Repository,
+    workers: Workers,
     ctx: Context,
     from_bytes: u64,
     to_bytes: u64,
@@ -72,6 +74,7 @@ impl Differences {
     ) -> Result<Self> {
         let mut begun = Self {
             repo: repo.clone(),
+            workers: Workers::start(ctx)?,
             ctx: ctx.clone(),
             from_bytes: from.len_bytes,
             to_bytes: to.len_bytes,
@@ -118,8 +121,8 @@ impl Differences {
         let left = batch.iter().map(|(n, a, _)| (*n, *a)).collect();
         let right = batch.iter().map(|(n, _, b)| (*n, *b)).collect();
         let (left, right) = try_join!(
-            tree::leaves(&self.repo, self.from_bytes, left, &self.ctx),
-            tree::leaves(&self.repo, self.to_bytes, right, &self.ctx),
+            tree::leaves(&self.repo, self.from_bytes, left, &self.workers, &self.ctx),
+            tree::leaves(&self.repo, self.to_bytes, right, &self.workers, &self.ctx),
         )?;
         let longest = self.longest();
         for ((segment, a), (_, b)) in left.into_iter().zip(right) {

@@ -1,7 +1,7 @@
 //! The deduplication index: where chunks are that may be reused.
 //!
 //! Correctness never depends on it: a chunk that it has forgotten is stored again. So it is bounded, and forgets
-//! the oldest half when it is full. It is filled from the leaves of pinned snapshots, most relevant last, and
+//! the oldest half when it is full. It is filled from the leaves of pinned snapshots, the most relevant first, and
 //! from this session's own frames. Large volumes do not rely on it alone: each segment is compared with the
 //! parent's leaf of the same segment first (see [`crate::snapshot`]), which needs no index.
 
@@ -72,13 +72,22 @@ impl DedupIndex {
         self.with(id, |shard| shard.young.get(id).or_else(|| shard.old.get(id)).copied()).flatten()
     }
 
-    /// Remembers a chunk.
+    /// Makes room for about so many chunks more at once, as far as the bound allows.
+    pub fn reserve(&self, chunks: usize) {
+        for shard in &self.shards {
+            let young = &mut shard.lock().unwrap_or_else(PoisonError::into_inner).young;
+            let room = self.generation.saturating_sub(young.len());
+            young.reserve((chunks / SHARDS).min(room));
+        }
+    }
+
+    /// Remembers a chunk; where it was remembered lately, the place stays the one that was given first.
     pub fn insert(&self, id: ChunkId, location: ChunkLocation) {
         self.with(&id, |shard| {
             if shard.young.len() >= self.generation {
                 shard.old = std::mem::take(&mut shard.young);
             }
-            shard.young.insert(id, location);
+            shard.young.entry(id).or_insert(location);
         });
     }
 

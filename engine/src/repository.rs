@@ -3,6 +3,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 
+use futures::future::join_all;
 use futures::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -482,14 +483,18 @@ impl Repository {
         });
         let mut relatives = Vec::with_capacity(count);
         // Few are aborted or damaged; a bound, lest many were.
-        for entry in listed.into_iter().take(4 * count) {
-            if relatives.len() == count {
+        let mut left = listed.into_iter().take(4 * count).map(|entry| entry.session);
+        while relatives.len() < count {
+            let next: Vec<SnapshotId> = left.by_ref().take(count - relatives.len()).collect();
+            if next.is_empty() {
                 break;
             }
-            match self.committed(entry.session).await {
-                Ok(record) => relatives.extend(record),
-                Err(error) if error.is_damage() => {}
-                Err(error) => return Err(error),
+            for record in join_all(next.into_iter().map(|id| self.committed(id))).await {
+                match record {
+                    Ok(record) => relatives.extend(record),
+                    Err(error) if error.is_damage() => {}
+                    Err(error) => return Err(error),
+                }
             }
         }
         Ok(relatives)

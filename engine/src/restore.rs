@@ -227,7 +227,7 @@ impl<'a> Restore<'a> {
         &self,
         batch: Vec<(usize, Child)>,
     ) -> Result<Vec<(usize, SegmentLeaf)>> {
-        tree::leaves(self.repo, self.volume.len_bytes, batch, self.ctx).await
+        tree::leaves(self.repo, self.volume.len_bytes, batch, &self.workers, self.ctx).await
     }
 
     /// Notes damage, or fails with it unless the restore keeps going.

@@ -7,12 +7,12 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use futures::{StreamExt, stream};
+use futures::{StreamExt, TryStreamExt, stream};
 
 use crate::context::Context;
 use crate::crypto::Piece;
 use crate::error::{Error, Result};
-use crate::fetch::{Span, coalesce};
+use crate::fetch::{Request, Span, coalesce};
 use crate::format::block::{self, BlockKind, BlockRef};
 use crate::format::leaf::{Extent, Leaf};
 use crate::format::node::{self, Child, FAN_OUT, Node};
@@ -22,6 +22,7 @@ use crate::key::Key;
 use crate::record::VolumeRecord;
 use crate::relocation;
 use crate::repository::Repository;
+use crate::workers::Workers;
 
 /// A part of a volume that can't be read: which bytes of it, and why.
 #[derive(Debug)]
@@ -225,67 +226,58 @@ pub const BATCH_SEGMENTS: usize = 64;
 /// What a segment holds, or why that can't be read. `None` stands for zeros.
 pub type SegmentLeaf = Result<Option<Leaf>>;
 
+/// A leaf to read: its position in the list, its block as the parent names it, and the bytes that its segment covers.
+type Wanted = Span<(usize, BlockRef, u64)>;
+
 /// Reads the leaves of some segments with few requests, in the order given. Damage is in the items; other
 /// errors end the call.
-pub async fn leaves(
+pub(crate) async fn leaves(
     repo: &Repository,
     volume_len: u64,
     children: Vec<(usize, Child)>,
+    workers: &Workers,
     ctx: &Context,
 ) -> Result<Vec<(usize, SegmentLeaf)>> {
-    let spans = children.iter().enumerate().filter_map(|(position, (_, child))| match child {
-        Child::Zero => None,
-        Child::Block { block, .. } => Some(Span {
-            pack: block.pack,
-            offset: block.offset,
-            len: block.len,
-            tag: (position, *block),
-        }),
-    });
+    let spans =
+        children.iter().enumerate().filter_map(|(position, (segment, child))| match child {
+            Child::Zero => None,
+            Child::Block { block, .. } => {
+                let range = segment_range(volume_len, *segment);
+                let tag = (position, *block, range.end - range.start);
+                Some(Span { pack: block.pack, offset: block.offset, len: block.len, tag })
+            }
+        });
     let mut leaves: Vec<(usize, SegmentLeaf)> =
         children.iter().map(|(segment, _)| (*segment, Ok(None))).collect();
-    let mut wanted: Vec<Span<(usize, BlockRef)>> = spans.collect();
+    let mut wanted: Vec<Wanted> = spans.collect();
     for moves in 0..=relocation::MAX_MOVES {
-        let fetched: Vec<_> = stream::iter(coalesce(std::mem::take(&mut wanted)))
-            .map(|request| async move { (request.fetch(repo, ctx).await, request) })
+        let read: Vec<_> = stream::iter(coalesce(std::mem::take(&mut wanted)))
+            .map(|request| read_leaves(repo, request, workers, ctx))
             .buffered(ctx.limits.requests)
-            .collect()
-            .await;
-        for (fetched, request) in fetched {
-            let fetched = match fetched {
-                Ok(fetched) => Some(fetched),
-                Err(error) if error.is_damage() => None,
-                Err(error) => return Err(error),
-            };
-            for span in &request.spans {
-                let (position, block) = &span.tag;
-                let Some((segment, slot)) = leaves.get_mut(*position) else { continue };
-                let range = segment_range(volume_len, *segment);
-                *slot = match &fetched {
-                    Some(fetched) => fetched
-                        .span(span)
-                        .and_then(|bytes| decode_leaf(repo, bytes, block, range.end - range.start))
-                        .map(Some),
-                    None => Err(missing(block)),
-                };
-                if !matches!(slot, Err(error) if error.is_unreadable()) {
-                    continue;
-                }
-                // The pack is gone or damaged. A compaction or repair may have copied the leaf.
-                let Span { pack, offset, len, .. } = *span;
-                let place = BlockRef { pack, offset, len, ..*block };
-                match repo.relocated_block(&place).await {
-                    Ok(moved) => {
-                        if let Some(BlockRef { pack, offset, len, .. }) =
-                            moved.into_iter().next().filter(|_| moves < relocation::MAX_MOVES)
-                        {
-                            wanted.push(Span { pack, offset, len, ..*span });
-                        }
+            .try_collect()
+            .await?;
+        for (span, leaf) in read.into_iter().flatten() {
+            let (position, block, _) = span.tag;
+            let Some((_, slot)) = leaves.get_mut(position) else { continue };
+            let is_gone = matches!(&leaf, Err(Error::Missing { .. }));
+            *slot = leaf.map(Some);
+            if !matches!(slot, Err(error) if error.is_unreadable()) {
+                continue;
+            }
+            // The pack is gone or damaged. A compaction or repair may have copied the leaf.
+            let Span { pack, offset, len, .. } = span;
+            let place = BlockRef { pack, offset, len, ..block };
+            match repo.relocated_block(&place).await {
+                Ok(moved) => {
+                    if let Some(BlockRef { pack, offset, len, .. }) =
+                        moved.into_iter().next().filter(|_| moves < relocation::MAX_MOVES)
+                    {
+                        wanted.push(Span { pack, offset, len, ..span });
                     }
-                    Err(error) if error.is_damage() && fetched.is_none() => *slot = Err(error),
-                    Err(error) if error.is_damage() => {}
-                    Err(error) => return Err(error),
                 }
+                Err(error) if error.is_damage() && is_gone => *slot = Err(error),
+                Err(error) if error.is_damage() => {}
+                Err(error) => return Err(error),
             }
         }
         if wanted.is_empty() {
@@ -293,6 +285,32 @@ pub async fn leaves(
         }
     }
     Ok(leaves)
+}
+
+/// Fetches and decodes the leaves of one request.
+async fn read_leaves(
+    repo: &Repository,
+    request: Request<(usize, BlockRef, u64)>,
+    workers: &Workers,
+    ctx: &Context,
+) -> Result<Vec<(Wanted, Result<Leaf>)>> {
+    let fetched = match request.fetch(repo, ctx).await {
+        Ok(fetched) => Some(fetched),
+        Err(error) if error.is_damage() => None,
+        Err(error) => return Err(error),
+    };
+    let repo = repo.clone();
+    let decode = move |span: Wanted| {
+        let (_, block, segment_bytes) = &span.tag;
+        let leaf = match &fetched {
+            Some(fetched) => fetched
+                .span(&span)
+                .and_then(|bytes| decode_leaf(&repo, bytes, block, *segment_bytes)),
+            None => Err(missing(block)),
+        };
+        (span, leaf)
+    };
+    workers.each(ctx, request.spans, decode).await
 }
 
 fn missing(block: &BlockRef) -> Error {

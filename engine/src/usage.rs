@@ -14,6 +14,7 @@ use crate::relocation::Relocator;
 use crate::repository::Repository;
 use crate::store::list_all;
 use crate::url::Item;
+use crate::workers::Workers;
 use crate::{key, tree};
 
 /// The space that a repository takes.
@@ -71,10 +72,11 @@ pub async fn usage(repo: &Repository, scope: &Item, ctx: &Context) -> Result<Usa
     let (mut rows, places) = rows(&records);
     let stored: HashSet<PackId> =
         packs.iter().filter_map(|pack| key::parse_numbered(&pack.key, key::PACKS)).collect();
+    let workers = Workers::start(ctx)?;
     let mut owners: HashMap<Piece, Owners> = HashMap::new();
     for (record, place) in records.iter().zip(&places) {
         let mut seen = HashSet::new();
-        for piece in pieces(repo, record, &mut seen, &stored, ctx).await? {
+        for piece in pieces(repo, record, &mut seen, &stored, &workers, ctx).await? {
             own(&mut owners, piece, *place);
         }
     }
@@ -142,6 +144,7 @@ async fn pieces(
     record: &SnapshotRecord,
     seen: &mut HashSet<Piece>,
     stored: &HashSet<PackId>,
+    workers: &Workers,
     ctx: &Context,
 ) -> Result<Vec<(Piece, u32)>> {
     let is_there = |pack| stored.contains(&pack);
@@ -168,7 +171,8 @@ async fn pieces(
         }
         for batch in fresh.chunks(tree::BATCH_SEGMENTS) {
             ctx.check()?;
-            for (_, leaf) in tree::leaves(repo, volume.len_bytes, batch.to_vec(), ctx).await? {
+            let batch = batch.to_vec();
+            for (_, leaf) in tree::leaves(repo, volume.len_bytes, batch, workers, ctx).await? {
                 let Some(leaf) = leaf? else { continue };
                 let leaf = now.leaf(leaf).await?;
                 pieces.extend(leaf.frames.iter().map(|f| ((f.pack, f.offset), f.stored_len)));

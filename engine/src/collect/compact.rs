@@ -171,7 +171,7 @@ async fn copy(
     ctx: &Context,
 ) -> Result<bool> {
     // The same roots as before; a root that was purged meanwhile ends the batch.
-    if Walk::new(repo, view, ctx).run(&mut victims).await?.is_none() {
+    if Walk::new(repo, view, ctx)?.run(&mut victims).await?.is_none() {
         return Ok(false);
     }
     claim(repo, session, &mut victims.packs, ctx).await?;

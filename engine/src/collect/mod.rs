@@ -127,7 +127,7 @@ pub async fn collect(
             restarts += 1;
             continue;
         };
-        let walk = Walk::new(repo, &view, ctx);
+        let walk = Walk::new(repo, &view, ctx)?;
         let Some(needed_moves) = walk.run(&mut inventory).await? else {
             restarts += 1;
             continue;

@@ -17,6 +17,7 @@ use crate::key::Key;
 use crate::record::VolumeRecord;
 use crate::repository::Repository;
 use crate::tree;
+use crate::workers::Workers;
 
 /// Relocations in memory at one time.
 const MAX_TABLES: usize = 1024;
@@ -99,6 +100,7 @@ impl Needed for Inventory {
 pub(super) struct Walk<'a> {
     repo: &'a Repository,
     view: &'a View,
+    workers: Workers,
     ctx: &'a Context,
     /// Leaves that were walked, by place: two of equal content may name different packs.
     walked: HashSet<(PackId, u32)>,
@@ -108,9 +110,9 @@ pub(super) struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    pub fn new(repo: &'a Repository, view: &'a View, ctx: &'a Context) -> Self {
+    pub fn new(repo: &'a Repository, view: &'a View, ctx: &'a Context) -> Result<Self> {
         let (walked, tables, moved) = (HashSet::new(), BTreeMap::new(), BTreeSet::new());
-        Self { repo, view, ctx, walked, tables, moved }
+        Ok(Self { repo, view, workers: Workers::start(ctx)?, ctx, walked, tables, moved })
     }
 
     /// Walks. Gives the copied packs that are needed through their copies; None when a root was purged while it was
@@ -175,8 +177,14 @@ impl<'a> Walk<'a> {
             }
             for batch in fresh.chunks(tree::BATCH_SEGMENTS) {
                 self.ctx.check()?;
-                let leaves =
-                    tree::leaves(self.repo, volume.len_bytes, batch.to_vec(), self.ctx).await?;
+                let leaves = tree::leaves(
+                    self.repo,
+                    volume.len_bytes,
+                    batch.to_vec(),
+                    &self.workers,
+                    self.ctx,
+                )
+                .await?;
                 for ((_, child), (_, leaf)) in batch.iter().zip(leaves) {
                     if let Some(leaf) = leaf? {
                         self.leaf(&leaf, needed).await?;

@@ -18,6 +18,7 @@ use crate::restore::{Restore, join};
 use crate::target::Sink;
 use crate::tree;
 use crate::verify::{Affected, Problem, describe};
+use crate::workers::Workers;
 
 /// Other places of one chunk that are remembered.
 const MAX_CANDIDATES: usize = 4;
@@ -169,10 +170,11 @@ impl Damage {
         for (place, lost) in &self.blocks {
             by_digest.entry(lost.block.digest).or_default().push(*place);
         }
+        let workers = Workers::start(ctx)?;
         for (snapshot, volume) in volumes(records) {
             let segments = tree::segments(repo, volume, ctx).await?;
             let mut sound = segments.nodes;
-            each_leaf(repo, volume, &segments.leaves, ctx, |start, block, leaf| {
+            each_leaf(repo, volume, &segments.leaves, &workers, ctx, |start, block, leaf| {
                 if let Ok(leaf) = leaf {
                     sound.push(*block);
                     self.search_leaf(&volume.name, start, leaf);
@@ -219,6 +221,7 @@ impl Damage {
         records: &[&SnapshotRecord],
         ctx: &Context,
     ) -> Result<Vec<Problem>> {
+        let workers = Workers::start(ctx)?;
         let mut problems: BTreeMap<PackId, Vec<Affected>> = BTreeMap::new();
         for record in records {
             let mut of_record = Vec::new();
@@ -228,19 +231,22 @@ impl Damage {
                 for node in segments.unreadable {
                     hit.entry(node.node.pack).or_default().push(node.range);
                 }
-                each_leaf(repo, volume, &segments.leaves, ctx, |start, block, leaf| match leaf {
-                    Ok(leaf) => {
-                        for (at, chunk) in leaf.chunks() {
-                            let lost = self.chunks.get(&chunk.id);
-                            if let Some((pack, ..)) = lost.and_then(|lost| lost.places.first()) {
-                                let range = start + at..start + at + u64::from(chunk.len);
-                                hit.entry(*pack).or_default().push(range);
+                each_leaf(repo, volume, &segments.leaves, &workers, ctx, |start, block, leaf| {
+                    match leaf {
+                        Ok(leaf) => {
+                            for (at, chunk) in leaf.chunks() {
+                                let lost = self.chunks.get(&chunk.id);
+                                if let Some((pack, ..)) = lost.and_then(|lost| lost.places.first())
+                                {
+                                    let range = start + at..start + at + u64::from(chunk.len);
+                                    hit.entry(*pack).or_default().push(range);
+                                }
                             }
                         }
-                    }
-                    Err(_) => {
-                        let end = (start + crate::format::SEGMENT_BYTES).min(volume.len_bytes);
-                        hit.entry(block.pack).or_default().push(start..end);
+                        Err(_) => {
+                            let end = (start + crate::format::SEGMENT_BYTES).min(volume.len_bytes);
+                            hit.entry(block.pack).or_default().push(start..end);
+                        }
                     }
                 })
                 .await?;
@@ -285,13 +291,14 @@ async fn each_leaf(
     repo: &Repository,
     volume: &VolumeRecord,
     leaves: &[Child],
+    workers: &Workers,
     ctx: &Context,
     mut see: impl FnMut(u64, &BlockRef, Result<&Leaf, ()>),
 ) -> Result<()> {
     let numbered: Vec<(usize, Child)> = leaves.iter().copied().enumerate().collect();
     for batch in numbered.chunks(tree::BATCH_SEGMENTS) {
         ctx.check()?;
-        let read = tree::leaves(repo, volume.len_bytes, batch.to_vec(), ctx).await?;
+        let read = tree::leaves(repo, volume.len_bytes, batch.to_vec(), workers, ctx).await?;
         for ((segment, child), (_, leaf)) in batch.iter().zip(read) {
             let start = tree::segment_range(volume.len_bytes, *segment).start;
             let Child::Block { block, .. } = child else { continue };

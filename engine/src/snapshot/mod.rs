@@ -22,25 +22,25 @@ use futures::try_join;
 
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::format::leaf::Leaf;
 use crate::format::node::Child;
-use crate::id::{Digest, PackId, SnapshotId};
-use crate::index::{ChunkLocation, DedupIndex};
+use crate::id::SnapshotId;
+use crate::index::DedupIndex;
 use crate::name::Name;
 use crate::progress::Event;
 use crate::record::{Origin, SnapshotRecord, SnapshotStats, VolumeRecord};
 use crate::repository::{Repository, timestamp};
 use crate::session::Session;
 use crate::source::Source;
-use crate::tree;
 use crate::url::SnapshotRef;
 use crate::workers::Workers;
 
+mod fill;
 mod halt;
 mod packer;
 mod pipeline;
 mod worker;
 
+use fill::{Fill, Known};
 use pipeline::{Pipeline, VolumeJob};
 
 /// Recent snapshots of the experiment, and then of the repository, that are searched for duplicates besides the parent.
@@ -142,7 +142,7 @@ async fn attempt(
     ctx: &Context,
 ) -> Result<SnapshotRecord> {
     let started = ctx.host.unix_ms();
-    let (relatives, ()) = futures::try_join!(relatives(repo, request), repo.ready_to_write(ctx))?;
+    let (relatives, ()) = try_join!(relatives(repo, request), repo.ready_to_write(ctx))?;
     let ids: Vec<SnapshotId> = relatives.iter().map(|record| record.id).collect();
     let (mut session, valid) = Session::begin(repo, &ids, ctx).await?;
     let witnesses = relatives.into_iter().filter(|record| valid.contains(&record.id)).collect();
@@ -203,9 +203,7 @@ async fn write(
     let known = Known { index, shunned: Arc::new(shunned) };
     let workers = Workers::start(ctx)?;
     let mut volumes = Vec::with_capacity(request.volumes.len());
-    let budget = ctx.limits.index_chunks / 2;
-    let seen = HashSet::new();
-    let mut fill = Fill { repo, known: &known, workers: &workers, budget, seen, ctx };
+    let mut fill = Fill::new(repo, &known, &workers, ctx);
     for (name, source) in &request.volumes {
         let before = parent.and_then(|parent| {
             let name = compared_with(parent, name, &**source);
@@ -213,21 +211,19 @@ async fn write(
         });
         volumes.push(VolumeJob::prepare(&mut fill, source.clone(), before).await?);
     }
+    let mut others = Vec::new();
     for record in &witnesses {
         let is_parent = parent.is_some_and(|parent| parent.id == record.id);
-        for volume in &record.volumes {
-            let is_prepared = is_parent
+        let is_prepared = |volume: &&VolumeRecord| {
+            is_parent
                 && request
                     .volumes
                     .iter()
-                    .any(|(name, source)| *compared_with(record, name, &**source) == volume.name);
-            if fill.budget > 0 && !is_prepared {
-                let mut leaves = tree::segments(repo, volume, ctx).await?.leaves;
-                fill.pass_over_seen(&mut leaves);
-                fill.preload(volume.len_bytes, &leaves).await?;
-            }
-        }
+                    .any(|(name, source)| *compared_with(record, name, &**source) == volume.name)
+        };
+        others.extend(record.volumes.iter().filter(|volume| !is_prepared(volume)).cloned());
     }
+    fill.witnesses(others).await?;
 
     for (_, source) in &request.volumes {
         ctx.progress.event(Event::Planned { bytes: source.data_bytes_hint() });
@@ -268,107 +264,4 @@ async fn write(
     ctx.check()?;
     session.commit(record.clone()).await?;
     Ok(record)
-}
-
-/// Puts the chunks of volumes into the index before the work begins.
-struct Fill<'a> {
-    repo: &'a Repository,
-    known: &'a Known,
-    workers: &'a Workers,
-    /// Chunks that may still be put into it.
-    budget: usize,
-    /// Leaves that were taken.
-    seen: HashSet<Digest>,
-    ctx: &'a Context,
-}
-
-/// What a [`Fill`] read of a volume.
-#[derive(Debug, Default)]
-struct Preloaded {
-    /// Segments, from the first.
-    segments: usize,
-    /// Those of them whose leaves can't be read, or refer to packs that are set aside.
-    unusable: Vec<usize>,
-}
-
-impl Fill<'_> {
-    /// Snapshots of one volume have most of their leaves in common: takes those away that need not be read again.
-    fn pass_over_seen(&self, leaves: &mut [Child]) {
-        for leaf in leaves {
-            if let Child::Block { block, .. } = leaf
-                && self.seen.contains(&block.digest)
-            {
-                *leaf = Child::Zero;
-            }
-        }
-    }
-
-    /// Takes the leaves of a volume, from its first segment, while the budget lasts. Damage costs duplicates, not the
-    /// snapshot.
-    async fn preload(&mut self, len_bytes: u64, leaves: &[Child]) -> Result<Preloaded> {
-        let mut done = Preloaded::default();
-        for batch in leaves.chunks(tree::BATCH_SEGMENTS) {
-            if self.budget == 0 {
-                break;
-            }
-            let numbered = batch.iter().enumerate().map(|(n, child)| (done.segments + n, *child));
-            let read = tree::leaves(self.repo, len_bytes, numbered.collect(), self.ctx).await?;
-            let mut found = Vec::with_capacity(read.len());
-            for (child, (segment, leaf)) in batch.iter().zip(read) {
-                match leaf {
-                    Ok(Some(leaf)) => {
-                        if self.known.shuns(child, &leaf) {
-                            done.unusable.push(segment);
-                        } else if let Child::Block { block, .. } = child {
-                            self.seen.insert(block.digest);
-                        }
-                        found.push(leaf);
-                    }
-                    Ok(None) => {}
-                    Err(_) => done.unusable.push(segment),
-                }
-            }
-            let known = self.known.clone();
-            let counts = self.workers.each(self.ctx, found, move |leaf| known.remember(&leaf));
-            let count: usize = counts.await?.into_iter().sum();
-            self.budget = self.budget.saturating_sub(count);
-            done.segments += batch.len();
-        }
-        Ok(done)
-    }
-}
-
-/// What may be used again.
-#[derive(Clone, Debug)]
-struct Known {
-    index: Arc<DedupIndex>,
-    /// Packs that were found damaged: what they hold is stored anew, so that it is whole again from now on.
-    shunned: Arc<HashSet<PackId>>,
-}
-
-impl Known {
-    /// Puts the chunks of one leaf into the index; gives how many.
-    fn remember(&self, leaf: &Leaf) -> usize {
-        let mut count = 0;
-        for (_, chunk) in leaf.chunks() {
-            if let Some(frame) = leaf.frames.get(chunk.frame as usize)
-                && !self.shunned.contains(&frame.pack)
-            {
-                let location = ChunkLocation { frame: *frame, offset: chunk.offset };
-                self.index.insert(chunk.id, location);
-                count += 1;
-            }
-        }
-        count
-    }
-
-    /// True for a leaf that must not be used as a whole.
-    fn shuns(&self, child: &Child, leaf: &Leaf) -> bool {
-        let own = match child {
-            Child::Zero => None,
-            Child::Block { block, .. } => Some(block.pack),
-        };
-        let mut packs = leaf.frames.iter().map(|frame| frame.pack).chain(own);
-        !self.shunned.is_empty() && packs.any(|pack| self.shunned.contains(&pack))
-    }
 }

@@ -1,19 +1,20 @@
 //! The stages of a snapshot and the queues between them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::{StreamExt, stream};
 use tokio::sync::{Semaphore, mpsc};
 
+use super::fill::{Fill, Known};
 use super::halt::Halt;
 use super::packer::{Buffers, Counts, Packer, upload};
 use super::worker::{Method, Worker};
-use super::{Fill, Known};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::block::BlockRef;
+use crate::format::leaf::Leaf;
 use crate::format::node::Child;
 use crate::id::SnapshotId;
 use crate::index::DedupIndex;
@@ -41,8 +42,8 @@ pub struct VolumeJob {
     before_len: u64,
     /// The parent's segments of which nothing is known, since what describes them is damaged or set aside.
     unknown: HashSet<usize>,
-    /// The parent's segments whose chunks the index has already.
-    preloaded: usize,
+    /// Leaves of the parent whose chunks the index has already.
+    leaves: Mutex<HashMap<usize, Leaf>>,
     /// The parent's manifest is damaged: no node of it may be used again, since equal digests do not make it whole.
     distrusted: AtomicBool,
 }
@@ -79,12 +80,11 @@ impl VolumeJob {
             None => (Segments::default(), 0),
         };
         let mut before = segments.leaves;
-        let done = fill.preload(before_len, &before).await?;
+        let (leaves, mut unknown) = fill.parent(before_len, &before).await?;
         let shunned = |node: &BlockRef| fill.known.shunned.contains(&node.pack);
-        let distrusted = !done.unusable.is_empty()
+        let distrusted = !unknown.is_empty()
             || !segments.unreadable.is_empty()
             || segments.nodes.iter().any(shunned);
-        let mut unknown: HashSet<usize> = done.unusable.into_iter().collect();
         for segment in &unknown {
             if let Some(child) = before.get_mut(*segment) {
                 *child = Child::Zero;
@@ -100,7 +100,7 @@ impl VolumeJob {
             parent: parent.map(|(parent, _)| parent),
             before_len,
             unknown,
-            preloaded: done.segments,
+            leaves: Mutex::new(leaves),
             distrusted: AtomicBool::new(distrusted),
         })
     }
@@ -139,7 +139,7 @@ impl VolumeJob {
 
     /// Finds out how the leaf of a segment is made, after the index has the parent's chunks of that segment.
     async fn prepare_segment(&self, mut job: Job, pipeline: &Pipeline) -> Result<Job> {
-        let is_new = job.segment >= self.preloaded;
+        let kept = self.leaves.lock().unwrap_or_else(PoisonError::into_inner).remove(&job.segment);
         let changes = self.changes(job.segment, &pipeline.ctx).await?;
         // A leaf that is kept is read only where it may lead to packs that are set aside: a large volume has thousands.
         let is_taken_over =
@@ -151,12 +151,14 @@ impl VolumeJob {
                 return Ok(job);
             }
         };
+        if kept.is_some() {
+            job.method = Method::from_changes(kept, changes);
+            return Ok(job);
+        }
         let range = tree::segment_range(self.before_len, job.segment);
         match tree::read_leaf(&pipeline.repo, &block, range.end - range.start).await {
             Ok(leaf) => {
-                if is_new {
-                    pipeline.known.remember(&leaf);
-                }
+                pipeline.known.remember(&leaf);
                 if pipeline.known.shuns(&job.before, &leaf) {
                     self.distrust(&mut job);
                 } else {

@@ -194,16 +194,12 @@ async fn walk(
             return Err(unreadable.error);
         }
         packs.extend(segments.nodes.iter().map(|node| node.pack));
-        let leaves = segments.leaves.into_iter().enumerate();
-        let leaves: Vec<(usize, Child)> = leaves.collect();
-        for (_, child) in &leaves {
-            if let Child::Block { block, .. } = child {
-                packs.insert(block.pack);
-            }
-        }
-        for (_, leaf) in tree::leaves(repo, volume.len_bytes, leaves, ctx).await? {
-            match leaf {
-                Ok(leaf) => packs.extend(leaf.iter().flat_map(|l| &l.frames).map(|f| f.pack)),
+        for (segment, child) in segments.leaves.into_iter().enumerate() {
+            let Child::Block { block, .. } = child else { continue };
+            packs.insert(block.pack);
+            let range = tree::segment_range(volume.len_bytes, segment);
+            match tree::read_leaf(repo, &block, range.end - range.start).await {
+                Ok(leaf) => packs.extend(leaf.frames.iter().map(|frame| frame.pack)),
                 Err(error) if !tolerant => return Err(error),
                 Err(_) => {}
             }
