@@ -35,6 +35,7 @@ pub mod index;
 pub mod key;
 mod listings;
 pub mod marks;
+mod memory;
 pub mod name;
 pub mod policies;
 mod probe;

@@ -15,6 +15,9 @@ use super::frame::{self, FrameLocation};
 use super::{FormatError, SEGMENT_BYTES};
 use crate::id::{ChunkId, Digest};
 
+/// Bytes of content that are hashed together.
+const DIGESTED_AT_ONCE: usize = 32 << 10;
+
 /// One segment of a volume.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Leaf {
@@ -71,7 +74,9 @@ impl Extent {
 impl Leaf {
     /// The content digest: over ids, lengths and zeros.
     pub fn digest(&self) -> Digest {
-        let mut content = Vec::with_capacity(16 + self.extents.len() * 37);
+        let mut hasher = blake3::Hasher::new();
+        // As much as the hash takes side by side, and still in the processor's cache then.
+        let mut content = Vec::with_capacity(DIGESTED_AT_ONCE + 64);
         content.extend_from_slice(b"petra leaf 1\n");
         for extent in &self.extents {
             content.push(u8::from(matches!(extent, Extent::Chunk(_))));
@@ -79,8 +84,12 @@ impl Leaf {
             if let Extent::Chunk(chunk) = extent {
                 content.extend_from_slice(&chunk.id.0);
             }
+            if content.len() >= DIGESTED_AT_ONCE {
+                hasher.update(&content);
+                content.clear();
+            }
         }
-        Digest(*blake3::hash(&content).as_bytes())
+        Digest(*hasher.update(&content).finalize().as_bytes())
     }
 
     /// Bytes that are not zeros.

@@ -21,6 +21,7 @@ use super::frame::FrameLocation;
 use super::{FormatError, VERSION, frame};
 use crate::crypto::{Keys, Piece};
 use crate::id::PackId;
+use crate::memory;
 
 const MAGIC: &[u8; 8] = b"petrapak";
 /// How a pack ends.
@@ -85,7 +86,7 @@ pub struct PackBuilder {
 impl PackBuilder {
     /// An empty pack of a repository with these keys. What is added must be sealed already; the footer will be.
     pub fn new(id: PackId, kind: PackKind, keys: &Keys) -> Self {
-        Self::within(id, kind, keys, Vec::with_capacity(TARGET_BYTES + (1 << 20)))
+        Self::within(id, kind, keys, memory::buffer(TARGET_BYTES + (1 << 20)))
     }
 
     /// An empty pack in memory that was used before: what a pack takes is much to ask the system for again and again.

@@ -8,16 +8,17 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use rustix::io::Errno;
+use rustix::buffer::spare_capacity;
+use rustix::io::{Errno, pread};
 
 use super::{Creation, MAX_OBJECT_BYTES, Page, Store, StoreError, StoreErrorCause};
 use crate::key::Key;
+use crate::memory;
 use crate::url::RepositoryUrl;
 
 mod listing;
@@ -96,17 +97,17 @@ impl Directory {
         }
         let len = range.end.min(metadata.len()).saturating_sub(range.start);
         let len = usize::try_from(len).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let mut body = vec![0; len];
-        let mut filled = 0;
-        while let Some(rest) = body.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            match file.read_at(rest, range.start + filled as u64) {
+        let mut body = memory::buffer(len);
+        while body.len() < len {
+            let at = range.start + body.len() as u64;
+            match pread(&file, spare_capacity(&mut body), at) {
                 Ok(0) => break,
-                Ok(n) => filled += n,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
             }
         }
-        body.truncate(filled);
+        // The buffer may have been larger than it had to be.
+        body.truncate(len);
         Ok(body)
     }
 
