@@ -41,6 +41,8 @@ struct Sources {
 
 /// How often an upload looks whether anyone still wants it.
 const LOOK: Duration = Duration::from_secs(1);
+/// The most threads of an upload, each with some MiB of buffers.
+const MOST_THREADS: usize = 16;
 
 /// Copies on their way to a repository. No other process works on them while this is there.
 #[derive(Debug)]
@@ -264,7 +266,8 @@ impl Upload {
             failure: Mutex::default(),
             cancel: cancel.clone(),
         });
-        let ctx = Context { host: host.clone(), cancel, ..ctx.clone() };
+        let mut ctx = Context { host: host.clone(), cancel, ..ctx.clone() };
+        ctx.limits.threads = threads(ctx.limits.threads);
         let taken = match snapshot(repo, request.clone(), &ctx).await {
             // The parent was purged. What has changed since is not known then.
             Err(EngineError::Unknown { .. }) if parent.is_some() => {
@@ -325,6 +328,12 @@ impl Upload {
         remove(&place::unwanted_path(pool, id));
         remove(&place::lock_path(pool, id));
     }
+}
+
+/// How many threads to use where so many have work. A copy is read past the page cache, where nothing is read ahead, so
+/// that each of them waits for the disk for half of the time.
+fn threads(busy: usize) -> usize {
+    (2 * busy).min(MOST_THREADS).max(busy)
 }
 
 fn remove(path: &Path) {
