@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use petra_benches::{CHUNK_BYTES, CHUNKS, frames, leaf, random, text};
 use petra_engine::ChunkId;
 use petra_engine::chunker::Chunking;
+use petra_engine::crypto::Keys;
 use petra_engine::format::frame::{self, FrameEncoder};
 use petra_engine::format::leaf::Leaf;
 use petra_engine::index::{ChunkLocation, DedupIndex};
@@ -20,10 +21,11 @@ const LEN: usize = 4 << 20;
 
 type Path = (&'static str, fn());
 
-const PATHS: [Path; 9] = [
+const PATHS: [Path; 10] = [
     ("zero_scan", zero_scan),
     ("cut", cut),
     ("hash", hash),
+    ("hash_many", hash_many),
     ("compress_text", || compress(&text(LEN))),
     ("compress_random", || compress(&random(LEN))),
     ("decompress_text", decompress),
@@ -78,6 +80,19 @@ fn hash() {
     let data = random(LEN);
     measured(|| {
         data.chunks(CHUNK_BYTES as usize).map(ChunkId::of).fold(0, |sum, id| sum ^ id.0[0])
+    });
+}
+
+/// As many together as are looked at together.
+fn hash_many() {
+    let data = random(LEN);
+    let chunks: Vec<&[u8]> = data.chunks(CHUNK_BYTES as usize).collect();
+    let keys = Keys::none();
+    measured(|| {
+        chunks
+            .chunks(32)
+            .flat_map(|together| keys.chunk_ids(together))
+            .fold(0, |sum, id| sum ^ id.0[0])
     });
 }
 

@@ -125,7 +125,7 @@ impl Keys {
     }
 
     /// The names of chunks, which take less time together.
-    pub(crate) fn chunk_ids(&self, chunks: &[&[u8]]) -> impl Iterator<Item = ChunkId> {
+    pub fn chunk_ids(&self, chunks: &[&[u8]]) -> impl Iterator<Item = ChunkId> {
         hash::hash_all(self.chunk_key(), chunks).into_iter().map(ChunkId)
     }
 
