@@ -98,7 +98,8 @@ impl<'a> Fill<'a> {
     ) -> Result<(HashMap<usize, Leaf>, HashSet<usize>)> {
         let (mut usable, mut unusable) = (HashMap::new(), HashSet::new());
         let budget = self.budget;
-        let batches = self.batches(len_bytes, leaves);
+        // Each of them is checked, also one with the content of another: it may be kept as it is.
+        let batches = self.batches(len_bytes, leaves, |_is_new| true);
         self.known.index.reserve(budget - self.budget);
         let mut read = std::pin::pin!(self.read(batches));
         while let Some(read) = read.next().await {
@@ -126,7 +127,7 @@ impl<'a> Fill<'a> {
         while self.budget > 0
             && let Some((len_bytes, leaves)) = nodes.try_next().await?
         {
-            batches.extend(self.batches(len_bytes, &leaves));
+            batches.extend(self.batches(len_bytes, &leaves, |is_new| is_new));
         }
         let mut read = std::pin::pin!(self.read(batches));
         while let Some(read) = read.next().await {
@@ -135,13 +136,18 @@ impl<'a> Fill<'a> {
         Ok(())
     }
 
-    /// What to read of a volume.
-    fn batches(&mut self, len_bytes: u64, leaves: &[Child]) -> Vec<Batch> {
+    /// What to read of a volume; `wants` is told whether a leaf's content is new.
+    fn batches(
+        &mut self,
+        len_bytes: u64,
+        leaves: &[Child],
+        wants: impl Fn(bool) -> bool,
+    ) -> Vec<Batch> {
         let mut wanted = Vec::new();
         for (segment, child) in leaves.iter().enumerate() {
             if let Child::Block { block, .. } = child
                 && self.budget > 0
-                && self.seen.insert(block.digest)
+                && wants(self.seen.insert(block.digest))
             {
                 self.budget = self.budget.saturating_sub(block.len as usize / LEAF_CHUNK_BYTES);
                 wanted.push((segment, *child));
