@@ -84,9 +84,10 @@ impl Leaf {
             if let Extent::Chunk(chunk) = extent {
                 content.extend_from_slice(&chunk.id.0);
             }
-            if content.len() >= DIGESTED_AT_ONCE {
-                hasher.update(&content);
-                content.clear();
+            // Exact pieces: the hash takes apart whatever is not a power of two.
+            if let Some(piece) = content.get(..DIGESTED_AT_ONCE) {
+                hasher.update(piece);
+                content.drain(..DIGESTED_AT_ONCE);
             }
         }
         Digest(*hasher.update(&content).finalize().as_bytes())
