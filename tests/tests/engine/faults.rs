@@ -34,7 +34,7 @@ enum Fault {
 const FAULTS: [Fault; 4] = [Fault::Refused, Fault::Away, Fault::Unacknowledged, Fault::Crash];
 
 fn first() -> Volume {
-    Volume::noise(1, 90_000)
+    Volume::noise(1, 200_000)
 }
 
 fn second() -> Volume {
@@ -129,7 +129,8 @@ async fn a_snapshot_survives_a_fault_at_every_request() {
             let next = take(&repo, &third()).await.unwrap();
             check(&repo, &next.volumes[0], &third()).await.unwrap();
             assert!(next.parent.is_some(), "{at}: the next one is incremental");
-            assert!(next.stats.new_bytes < 60_000, "{at}: {:?}", next.stats);
+            // What changed, and chunks around it.
+            assert!(next.stats.new_bytes < 120_000, "{at}: {:?}", next.stats);
             assert_tidy(&repo).await;
             if !met {
                 break;
