@@ -17,17 +17,19 @@ pub(super) struct Rule {
     pub average: usize,
     /// No chunk is longer.
     pub max: usize,
-    /// A hash below it is a cut. A power of two.
+    /// Before `average`, a hash below it is a cut. A power of two.
     pub small: u32,
-    /// A hash below it is a cut further behind. A power of two.
+    /// From there on, a hash below it is a cut. A power of two.
     pub large: u32,
 }
 
 /// The table of a Gear hash: a random number for each byte. Without knowing it, nobody knows where known data is cut.
 pub struct Gear {
-    /// As the crate wants it, and doubled.
+    /// Numbers of 32 bits, as wide as the crate wants them.
     numbers: Zeroizing<[u64; 256]>,
+    /// The same doubled, for the first of two bytes that the crate takes in one step.
     doubled: Zeroizing<[u64; 256]>,
+    /// The same byte by byte, for vectors.
     planes: Zeroizing<Planes>,
 }
 

@@ -20,7 +20,7 @@ const BLOCK_BYTES: usize = 64;
 /// The first bytes of all 256 numbers (the low ones), the second ones, and so on: each is looked up in a vector.
 pub(super) type Planes = [[u8; 256]; 4];
 
-/// Of the low 32 bits.
+/// The planes of the low 32 bits of the numbers.
 pub(super) fn planes_of(numbers: &[u64; 256]) -> Planes {
     [0, 8, 16, 24].map(|shift| numbers.map(|number| (number >> shift) as u8))
 }
