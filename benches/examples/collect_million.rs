@@ -115,7 +115,7 @@ impl Synthetic {
         let len = SEGMENTS as u64 * SEGMENT;
         let name = Name::new("volume", "v").unwrap();
         let volume = VolumeRecord::new(name, len, root.unwrap());
-        let made = Arc::new((Bytes::from(builder.finish().1), volume));
+        let made = Arc::new((builder.finish().1, volume));
         let mut manifests = self.manifests.lock().unwrap();
         while manifests.len() >= 2 {
             manifests.pop_first();

@@ -222,7 +222,7 @@ async fn make(store: &Synthetic, len_bytes: u64) {
         let offset = builder.add_block(kind, block);
         Ok(BlockRef { digest, pack, offset, len: block.len() as u32 })
     });
-    let body = Bytes::from(builder.finish().1);
+    let body = builder.finish().1;
     store.small.put(&Key::pack(pack), body).await.unwrap();
     let record = SnapshotRecord {
         id: first(),

@@ -7,6 +7,8 @@ use rustix::mm::{Advice, madvise};
 
 /// Where a huge page begins, for the processors that Petra runs on mostly.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+/// Where memory may begin that is written past the page cache as it is, on whatever disk.
+const PAGE_BYTES: usize = 4 << 10;
 
 /// An empty buffer, in huge pages where the system has some.
 pub(crate) fn buffer(capacity: usize) -> Vec<u8> {
@@ -24,6 +26,11 @@ pub(crate) fn buffer(capacity: usize) -> Vec<u8> {
         }
     }
     buffer
+}
+
+/// The place of the first page in a buffer.
+pub(crate) fn first_page(buffer: &[u8]) -> usize {
+    buffer.as_ptr().addr().next_multiple_of(PAGE_BYTES) - buffer.as_ptr().addr()
 }
 
 #[cfg(test)]

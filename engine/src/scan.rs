@@ -71,6 +71,16 @@ pub(crate) trait Receiver {
     /// Takes the next piece.
     fn take(&mut self, piece: Piece<'_>) -> Result<(), Stop>;
 
+    /// Takes chunks that follow each other.
+    fn take_chunks(&mut self, chunks: &[&[u8]]) -> Result<(), Stop> {
+        chunks.iter().try_for_each(|chunk| self.take(Piece::Chunk(chunk)))
+    }
+
+    /// How many chunks to cut before they are given: more than one only to who takes all and knows no cuts.
+    fn chunks_at_once(&self) -> usize {
+        1
+    }
+
     /// The length of the next piece, which is a chunk at the beginning of `data`, where that is known without cutting.
     fn known_cut(&mut self, _data: &[u8]) -> Option<usize> {
         None
@@ -258,18 +268,25 @@ impl Scanner {
         to: &mut dyn Receiver,
     ) -> Result<(), Stop> {
         let least = if ended || at_once { 1 } else { self.max_chunk };
-        while run.end - run.start >= least {
-            let data = self.buf.get(run.start..run.end).unwrap_or_default();
+        let mut data = self.buf.get(run.start..run.end).unwrap_or_default();
+        let mut chunks = Vec::with_capacity(to.chunks_at_once());
+        while data.len() >= least {
             let known = to.known_cut(data);
             let len = known.unwrap_or_else(|| self.cutter.first(data));
             // A cut within the data stays where it is whatever follows; one at its end may not.
             if len == data.len() && !ended && len < self.max_chunk {
                 break;
             }
-            to.take(Piece::Chunk(data.get(..len).unwrap_or_default()))?;
-            run.start += len;
+            let (chunk, rest) = data.split_at_checked(len).unwrap_or((data, &[]));
+            chunks.push(chunk);
+            if chunks.len() >= to.chunks_at_once() {
+                to.take_chunks(&chunks)?;
+                chunks.clear();
+            }
+            run.start += chunk.len();
+            data = rest;
         }
-        Ok(())
+        to.take_chunks(&chunks)
     }
 }
 

@@ -40,19 +40,36 @@ impl Source for Bytes {
     }
 }
 
-fn pieces(source: &Bytes, chunking: Chunking) -> Vec<(bool, Vec<u8>)> {
-    let mut pieces = Vec::new();
+/// Takes chunks so many at once.
+struct Pieces {
+    at_once: usize,
+    pieces: Vec<(bool, Vec<u8>)>,
+}
+
+impl Receiver for Pieces {
+    fn take(&mut self, piece: Piece<'_>) -> std::result::Result<(), Stop> {
+        self.pieces.push(match piece {
+            Piece::Zero(len) => (true, vec![0; len as usize]),
+            Piece::Chunk(chunk) => (false, chunk.to_vec()),
+        });
+        Ok(())
+    }
+
+    fn take_chunks(&mut self, chunks: &[&[u8]]) -> std::result::Result<(), Stop> {
+        assert!(chunks.len() <= self.at_once);
+        chunks.iter().try_for_each(|chunk| self.take(Piece::Chunk(chunk)))
+    }
+
+    fn chunks_at_once(&self) -> usize {
+        self.at_once
+    }
+}
+
+fn pieces(source: &Bytes, chunking: Chunking, at_once: usize) -> Vec<(bool, Vec<u8>)> {
+    let mut to = Pieces { at_once, pieces: vec![] };
     let mut scanner = Scanner::new(chunking.cutter());
-    scanner
-        .scan(source, 0, source.len_bytes(), &mut |piece| {
-            pieces.push(match piece {
-                Piece::Zero(len) => (true, vec![0; len as usize]),
-                Piece::Chunk(chunk) => (false, chunk.to_vec()),
-            });
-            Ok(())
-        })
-        .unwrap();
-    pieces
+    scanner.scan_knowing(source, 0..source.len_bytes(), &mut to).unwrap();
+    to.pieces
 }
 
 /// The rule of the module's header, said as directly as possible.
@@ -124,9 +141,9 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn agrees_with_the_rule(source in any_source(), fixed: bool) {
+    fn agrees_with_the_rule(source in any_source(), fixed: bool, at_once in 1_usize..40) {
         let chunking = if fixed { Chunking::Fixed { len: 16384 } } else { Chunking::default() };
-        let found = pieces(&source, chunking);
+        let found = pieces(&source, chunking, at_once);
         prop_assert!(found == model(&source.bytes, chunking), "pieces differ");
         let bytes: Vec<u8> = found.iter().flat_map(|(_, bytes)| bytes.iter().copied()).collect();
         prop_assert!(bytes == source.bytes, "bytes differ");

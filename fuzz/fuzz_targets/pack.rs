@@ -13,7 +13,8 @@ fuzz_target!(|input: (bool, u16, &[u8])| {
     let _ = pack::read_whole(id, &keys, bytes);
 
     let kind = if is_data { PackKind::Data } else { PackKind::Manifest };
-    let (_, mut made) = PackBuilder::within(id, kind, &keys, Vec::new()).finish();
+    let (_, made) = PackBuilder::within(id, kind, &keys, Vec::new()).finish();
+    let mut made = made.to_vec();
     made.resize(HEADER_BYTES, 0);
     let checksum = pack::footer_checksum(&made, bytes);
     made.resize(HEADER_BYTES + usize::from(body_bytes), 0);

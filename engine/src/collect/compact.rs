@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
+
 use super::inventory::{Inventory, StoredPack};
 use super::view::View;
 use super::walk::{Needed, Piece, Walk};
@@ -284,7 +286,7 @@ async fn copy_pack(
 async fn store(repo: &Repository, copier: &mut Copier) -> Result<()> {
     for (id, bytes) in std::mem::take(&mut copier.complete) {
         copier.copied_bytes += bytes.len() as u64;
-        repo.store().put(&Key::pack(id), bytes.into()).await?;
+        repo.store().put(&Key::pack(id), bytes).await?;
     }
     Ok(())
 }
@@ -305,7 +307,7 @@ pub(crate) struct Copier {
     encoder: FrameEncoder,
     data: Option<PackBuilder>,
     manifest: Option<PackBuilder>,
-    complete: Vec<(PackId, Vec<u8>)>,
+    complete: Vec<(PackId, Bytes)>,
     /// The open frame.
     raw: Vec<u8>,
     chunk_lens: Vec<u32>,
@@ -430,7 +432,7 @@ impl Copier {
     }
 
     /// The packs that are complete, to be stored.
-    pub(crate) fn take_complete(&mut self) -> Vec<(PackId, Vec<u8>)> {
+    pub(crate) fn take_complete(&mut self) -> Vec<(PackId, Bytes)> {
         std::mem::take(&mut self.complete)
     }
 

@@ -201,7 +201,7 @@ fn every_changed_byte_of_a_footer_is_noticed() {
     assert!(read_whole(pack(), &Keys::none(), &bytes).is_err());
     assert!(read_whole(PackId { number: 9, ..pack() }, &keys(), &bytes).is_err());
     for place in (0..16).chain(29..bytes.len()) {
-        let mut changed = bytes.clone();
+        let mut changed = bytes.to_vec();
         changed[place] ^= 1;
         assert!(read_whole(pack(), &keys(), &changed).is_err(), "byte {place}");
     }

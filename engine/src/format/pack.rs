@@ -15,6 +15,8 @@
 //! Snapshots never need the footer: leaves say where everything is. It lets a pack be verified, compacted or
 //! salvaged by itself.
 
+use bytes::Bytes;
+
 use super::block::BlockKind;
 use super::codec::{Reader, put_varint};
 use super::frame::FrameLocation;
@@ -79,6 +81,8 @@ pub struct PackBuilder {
     kind: PackKind,
     keys: Keys,
     bytes: Vec<u8>,
+    /// Where in `bytes` the pack begins: at a page, so that a disk takes it from here without another copy.
+    start: usize,
     count: u64,
     entries: Vec<u8>,
 }
@@ -86,16 +90,18 @@ pub struct PackBuilder {
 impl PackBuilder {
     /// An empty pack of a repository with these keys. What is added must be sealed already; the footer will be.
     pub fn new(id: PackId, kind: PackKind, keys: &Keys) -> Self {
-        Self::within(id, kind, keys, memory::buffer(TARGET_BYTES + (1 << 20)))
+        Self::within(id, kind, keys, memory::buffer(TARGET_BYTES + (2 << 20)))
     }
 
     /// An empty pack in memory that was used before: what a pack takes is much to ask the system for again and again.
     pub fn within(id: PackId, kind: PackKind, keys: &Keys, mut bytes: Vec<u8>) -> Self {
+        let start = memory::first_page(&bytes);
         bytes.clear();
+        bytes.resize(start, 0);
         bytes.extend_from_slice(MAGIC);
         let sealed = u8::from(keys.is_some());
         bytes.extend_from_slice(&[VERSION as u8, kind as u8, sealed, 0, 0, 0, 0, 0]);
-        Self { id, kind, keys: keys.clone(), bytes, count: 0, entries: Vec::new() }
+        Self { id, kind, keys: keys.clone(), bytes, start, count: 0, entries: Vec::new() }
     }
 
     /// The pack's name.
@@ -110,7 +116,11 @@ impl PackBuilder {
 
     /// Large enough to be sent.
     pub fn is_full(&self) -> bool {
-        self.bytes.len() >= TARGET_BYTES
+        self.len() >= TARGET_BYTES
+    }
+
+    fn len(&self) -> usize {
+        self.bytes.len() - self.start
     }
 
     /// Adds an encoded frame and says where it is.
@@ -124,7 +134,7 @@ impl PackBuilder {
         let raw_len = chunk_lens.iter().sum();
         let location = FrameLocation {
             pack: self.id,
-            offset: self.bytes.len() as u32,
+            offset: self.len() as u32,
             stored_len: stored.len() as u32,
             raw_len,
         };
@@ -142,7 +152,7 @@ impl PackBuilder {
     /// Adds a manifest block and says at which offset.
     pub fn add_block(&mut self, kind: BlockKind, block: &[u8]) -> u32 {
         debug_assert_eq!(self.kind, PackKind::Manifest);
-        let offset = self.bytes.len() as u32;
+        let offset = self.len() as u32;
         self.bytes.extend_from_slice(block);
         self.count += 1;
         self.entries.push(kind as u8);
@@ -151,17 +161,18 @@ impl PackBuilder {
     }
 
     /// Closes the pack: its name and bytes.
-    pub fn finish(mut self) -> (PackId, Vec<u8>) {
+    pub fn finish(mut self) -> (PackId, Bytes) {
         let mut footer = Vec::with_capacity(10 + self.entries.len());
         put_varint(&mut footer, self.count);
         footer.extend_from_slice(&self.entries);
         self.keys.seal_footer(self.id, self.kind, &mut footer);
-        let checksum = footer_checksum(self.bytes.get(..HEADER_BYTES).unwrap_or_default(), &footer);
+        let header = self.bytes.get(self.start..self.start + HEADER_BYTES);
+        let checksum = footer_checksum(header.unwrap_or_default(), &footer);
         self.bytes.extend_from_slice(&footer);
         self.bytes.extend_from_slice(&(footer.len() as u32).to_le_bytes());
         self.bytes.extend_from_slice(checksum.as_bytes());
         self.bytes.extend_from_slice(END_MAGIC);
-        (self.id, self.bytes)
+        (self.id, Bytes::from(self.bytes).slice(self.start..))
     }
 }
 
@@ -342,7 +353,21 @@ mod tests {
             let location = builder.add_frame(&raw, chunk_lens.iter().copied());
             entries.push(FrameEntry { location, chunk_lens });
         }
-        (builder.finish().1, entries)
+        (builder.finish().1.to_vec(), entries)
+    }
+
+    #[test]
+    fn begins_at_a_page_also_in_memory_that_was_used() {
+        let (_, first) = PackBuilder::new(id(), PackKind::Data, &Keys::none()).finish();
+        assert_eq!(first.as_ptr().addr() % 4096, 0);
+        let (place, content) = (first.as_ptr(), first.to_vec());
+        let mut used = first.try_into_mut().unwrap();
+        used.clear();
+        let mut second = PackBuilder::within(id(), PackKind::Data, &Keys::none(), used.into());
+        assert!(second.bytes.capacity() > TARGET_BYTES + frame::MAX_BYTES);
+        second.add_frame(&[1; 5000], [5000].into_iter());
+        let (_, second) = second.finish();
+        assert_eq!((second.as_ptr(), &second[..HEADER_BYTES]), (place, &content[..HEADER_BYTES]));
     }
 
     #[test]

@@ -297,7 +297,7 @@ impl<'a> Healing<'a> {
         self.copier = Some(copier);
         for (id, bytes) in complete {
             if self.session.is_some() {
-                self.repo.store().put(&Key::pack(id), bytes.into()).await?;
+                self.repo.store().put(&Key::pack(id), bytes).await?;
             }
         }
         result

@@ -44,10 +44,12 @@ impl Buffers {
     fn give(&self, bytes: Bytes) {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // One is filled while others are on their way: more are never needed at one time.
-        if let Ok(bytes) = bytes.try_into_mut()
+        if let Ok(mut bytes) = bytes.try_into_mut()
             && bytes.len() >= TARGET_BYTES / 2
             && kept.len() < 2
         {
+            // Else they would be moved to the front.
+            bytes.clear();
             kept.push(bytes.into());
         }
     }
@@ -181,7 +183,6 @@ pub async fn upload(
         let (store, buffers) = (repo.shared_store(), buffers.clone());
         puts.spawn(async move {
             let (id, bytes) = pack.finish();
-            let bytes = Bytes::from(bytes);
             let len = bytes.len() as u64;
             store.put(&Key::pack(id), bytes.clone()).await?;
             buffers.give(bytes);

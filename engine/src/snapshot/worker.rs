@@ -16,11 +16,13 @@ use crate::format::node::Child;
 use crate::id::ChunkId;
 use crate::index::{ChunkLocation, DedupIndex};
 use crate::progress::Event;
-use crate::scan::{Piece, Scanner};
+use crate::scan::{Piece, Receiver, Scanner, Stop};
 use crate::source::Source;
 use crate::splice::{Changes, Spliced, compare, splice};
 use crate::tree;
 
+/// Chunks that are hashed together: about as many as a window has.
+const CHUNKS_AT_ONCE: usize = 32;
 /// How often progress is reported.
 const REPORT_BYTES: u64 = 4 << 20;
 
@@ -121,11 +123,7 @@ impl<'a> Worker<'a> {
                             }
                         })?;
                     }
-                    (None, None) => {
-                        let len = range.end - range.start;
-                        scanner
-                            .scan(source, range.start, len, &mut |piece| assembler.piece(piece))?;
-                    }
+                    (None, None) => scanner.scan_knowing(source, range, assembler)?,
                 }
             }
         }
@@ -234,7 +232,10 @@ impl Assembler<'_> {
     }
 
     fn chunk(&mut self, bytes: &[u8]) -> Result<()> {
-        let id = self.keys.chunk_id(bytes);
+        self.chunk_named(self.keys.chunk_id(bytes), bytes)
+    }
+
+    fn chunk_named(&mut self, id: ChunkId, bytes: &[u8]) -> Result<()> {
         let len = bytes.len() as u32;
         self.unreported += u64::from(len);
         if self.unreported >= REPORT_BYTES {
@@ -327,5 +328,24 @@ impl Assembler<'_> {
             _ => self.packer.add_block(BlockKind::Leaf, &leaf.encode(), digest)?,
         };
         Ok(Child::Block { block, data_bytes })
+    }
+}
+
+// Of a segment of which nothing is known.
+impl Receiver for Assembler<'_> {
+    fn take(&mut self, piece: Piece<'_>) -> Result<(), Stop> {
+        Ok(self.piece(piece)?)
+    }
+
+    fn take_chunks(&mut self, chunks: &[&[u8]]) -> Result<(), Stop> {
+        let keys = self.keys;
+        for (id, bytes) in keys.chunk_ids(chunks).zip(chunks) {
+            self.chunk_named(id, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn chunks_at_once(&self) -> usize {
+        CHUNKS_AT_ONCE
     }
 }
