@@ -340,7 +340,7 @@ async fn equal_leaves_keep_all_their_packs() {
         let mut data = PackBuilder::new(pack(number), PackKind::Data, &Keys::none());
         let frame = data.add_frame(&stored, std::iter::once(5_000));
         let (id, body) = data.finish();
-        repo.store().put(&Key::pack(id), body.into()).await.unwrap();
+        repo.store().put(&Key::pack(id), body).await.unwrap();
         let chunk = ChunkRef { id: ChunkId::of(&bytes), len: 5_000, frame: 0, offset: 0 };
         let extents = vec![Extent::Chunk(chunk), Extent::Zero { len: SEGMENT as u32 - 5_000 }];
         let leaf = Leaf { frames: vec![frame], extents };
@@ -356,7 +356,7 @@ async fn equal_leaves_keep_all_their_packs() {
     let block = BlockRef { digest, pack: pack(2), offset, len: block.len() as u32 };
     let root = Child::Block { block, data_bytes: 10_000 };
     let (id, body) = manifest.finish();
-    repo.store().put(&Key::pack(id), body.into()).await.unwrap();
+    repo.store().put(&Key::pack(id), body).await.unwrap();
     let like = take(&repo, &volume(9)).await.unwrap();
     let record = SnapshotRecord {
         id: session.id(),
