@@ -212,12 +212,18 @@ def write_noise(path: Path, length: int, seed: int, at: int = 0) -> None:
 
 # ---------------------------------------------------------------------------------------- results
 
+VECTORS = (("avx512vbmi", "AVX-512 VBMI"), ("avx512f", "AVX-512"), ("avx2", "AVX2"))
+
+
 def machine(directory: Path) -> dict[str, Any]:
     """What a reader must know of the machine to judge the times. Bytes and requests don't depend on it."""
     cpu = Path("/proc/cpuinfo").read_text()
     names = [line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    flags = next((line.split() for line in cpu.splitlines() if line.startswith("flags")), [])
+    # What the searches for cuts and the hashes can use decides a good part of all times.
+    vectors = next((name for flag, name in VECTORS if flag in flags), "")
     memory = int(Path("/proc/meminfo").read_text().split()[1]) * KIB
-    return {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count(),
+    return {"processor": names[0] if names else platform.machine(), "vectors": vectors, "cores": os.cpu_count(),
             "memory_gib": round(memory / GIB), "kernel": platform.release(), "load_before": LOAD,
             "file_system": output_of(["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(directory)]).split()[-1]}
 

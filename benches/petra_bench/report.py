@@ -51,7 +51,8 @@ def where(results: dict[str, Any]) -> str:
     found = results["machine"]
     warning = " **The machine had other work: requests and bytes are true, times are not.**"
     busy = found["load_before"] > found["cores"] / 2
-    return (f"{found['cores']} cores ({found['processor']}), {found['memory_gib']} GiB of memory, Linux {found['kernel']}, "
+    processor = ", ".join(filter(None, (found["processor"], found.get("vectors"))))
+    return (f"{found['cores']} cores ({processor}), {found['memory_gib']} GiB of memory, Linux {found['kernel']}, "
             f"{found['file_system']}, load {found['load_before']:.1f} before. {'; '.join(results['versions'].values())}."
             f"{warning if busy else ''}")
 

@@ -8,7 +8,8 @@ restic, versitygw (a real S3 server), btrfs-progs and xfsprogs. Every figure is 
   group        the same for three volumes at one point in time
   latency      what snapshots, and then their deletion, add to writes of 4 KiB to volumes of very many extents
   uploads      fio on a volume while a snapshot of it uploads to a repository in memory, after the snapshot, and before it
-  incremental  64 MiB changed in a volume of 8 GiB and in one of 256 GiB, against restic, which reads the image
+  incremental  64 MiB changed in a volume of 8 GiB, little of it or nearly all of it data, and in one of 256 GiB; against
+               restic, which reads the image (from the page cache)
   clones       from the command to a mounted file system: by reference; lazily from S3 on loopback, with and without
                30 ms more for each request, 8 GiB and 1 TiB; then find and cat; and hydration without readers against
                a restore into the same pool
@@ -34,7 +35,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from .measure import GIB, MIB, load_results, machine, store_results, write_noise
+from .measure import GIB, MIB, load_results, machine, read_all, store_results, write_noise
 from .server import ACCESS, SECRET, s3_server, slow_way
 from .tools import find, petra as petra_tool, versions
 
@@ -267,38 +268,49 @@ def uploads_from(bench: Bench, kind: str, root: Path, repository: Path) -> None:
 
 def incremental(bench: Bench) -> None:
     walls = {}
-    for size in (8, 256):
+    for size, data in ((8, 2), (256, 2), (8, 7)):
         with bench.pool("btrfs", size="30G") as root:
             bench.run("volume", "create", "--pool", root, "v", "--size", f"{size}G")
             bench.run("volume", "mount", "--pool", root, "v", bench.directory / "at")
-            write_noise(bench.directory / "at/data", 2 * GIB, 1)
-            repository = f"{bench.directory}/repo{size}"
+            write_noise(bench.directory / "at/data", data * GIB, 1)
+            repository = bench.directory / "repo"
             bench.run("init", repository)
             bench.run("volume", "snapshot", "--pool", root, "v", f"{repository}#e/r")
             samples = []
-            for turn in range(3):
-                overwrite(bench.directory / "at/data", 2 * GIB, 64, turn)
+            for turn in range(5):
+                overwrite(bench.directory / "at/data", data * GIB, 64, turn)
                 os.sync()
                 samples.append(bench.timed("volume", "snapshot", "--pool", root, "v", f"{repository}#e/r"))
-            walls[size] = statistics.median(samples)
+            wall = walls[size, data] = statistics.median(samples)
+            image = bench.directory / "image"
             if size == 8:
                 bench.call(bench.petra, "volume", "unmount", "--pool", root, "v")
-                image = bench.directory / "image"
                 shutil.copyfile(root / "volumes/v/live/image", image)
-                bench.call("restic", "-q", "-r", bench.directory / "restic", "init")
-                backup = ("restic", "-q", "--no-cache", "-r", bench.directory / "restic", "backup", image)
-                bench.call(*backup)
-                overwrite(image, 2 * GIB, 64, 9, at=3 * GIB)
-                os.sync()
-                begun = time.monotonic()
-                bench.call(*backup)
-                restic = time.monotonic() - begun
-                image.unlink()
-                shutil.rmtree(bench.directory / "restic")
         shutil.rmtree(repository)
-    bench.row("64 MiB changed of 8 GiB (2 GiB of data): petra, restic", f"{walls[8]:.2f} s, {restic:.2f} s: "
-              f"{restic / walls[8]:.1f}x", ">= 50x")
-    bench.row("the same in a volume of 256 GiB", f"{walls[256]:.2f} s: {walls[256] / walls[8]:.2f} of that of 8 GiB", "<= 1.5")
+        if size == 8:
+            other = whole_image(bench, image)
+            bench.row(f"64 MiB changed of 8 GiB ({data} GiB of data): petra, restic", f"{wall:.2f} s, {other:.2f} s: "
+                      f"{other / wall:.1f}x", ">= 50x")
+        else:
+            bench.row(f"the same in a volume of {size} GiB", f"{wall:.2f} s: {wall / walls[8, data]:.2f} of that of 8 GiB", "<= 1.5")
+
+
+def whole_image(bench: Bench, image: Path) -> float:
+    """Seconds that restic takes for 64 MiB more in an image that it knows, and has to read."""
+    bench.call("restic", "-q", "-r", bench.directory / "restic", "init")
+    backup = ("restic", "-q", "--no-cache", "-r", bench.directory / "restic", "backup", image)
+    bench.call(*backup)
+    samples = []
+    for turn in range(3):
+        overwrite(image, 2 * GIB, 64, 9 + turn, at=3 * GIB)
+        read_all(image)
+        os.sync()
+        begun = time.monotonic()
+        bench.call(*backup)
+        samples.append(time.monotonic() - begun)
+    image.unlink()
+    shutil.rmtree(bench.directory / "restic")
+    return statistics.median(samples)
 
 
 def overwrite(path: Path, length: int, count: int, seed: int, at: int = 0) -> None:
