@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use divan::counter::{BytesCount, ItemsCount};
 use divan::{Bencher, black_box};
@@ -14,7 +15,7 @@ use petra_engine::context::Context;
 use petra_engine::crypto::{Keys, Piece};
 use petra_engine::format::frame::{self, FrameEncoder};
 use petra_engine::format::leaf::Leaf;
-use petra_engine::index::{ChunkLocation, DedupIndex};
+use petra_engine::index::DedupIndex;
 use petra_engine::scan::is_zero;
 use petra_volume::extents::{ExtentMap, differing};
 
@@ -129,30 +130,22 @@ fn decompress(bencher: Bencher<'_, '_>, kind: &str) {
 /// Chunks that were not there before.
 #[divan::bench]
 fn index_insert(bencher: Bencher<'_, '_>) {
-    let found = locations();
+    let leaf = Arc::new(leaf());
     bencher
         .counter(ItemsCount::new(CHUNKS))
         .with_inputs(|| DedupIndex::new(4 * CHUNKS as usize))
-        .bench_refs(|index| found.iter().for_each(|(id, location)| index.insert(*id, *location)));
+        .bench_refs(|index| index.insert(&leaf, |_| true));
 }
 
 /// Half of them are there.
 #[divan::bench]
 fn index_get(bencher: Bencher<'_, '_>) {
-    let (found, index) = (locations(), DedupIndex::new(4 * CHUNKS as usize));
-    found.iter().step_by(2).for_each(|(id, location)| index.insert(*id, *location));
-    bencher
-        .counter(ItemsCount::new(CHUNKS))
-        .bench(|| found.iter().filter(|(id, _)| index.get(black_box(id)).is_some()).count());
-}
-
-fn locations() -> Vec<(ChunkId, ChunkLocation)> {
-    let leaf = leaf();
-    let located = leaf.chunks().map(|(_, chunk)| {
-        let frame = *leaf.frames.get(chunk.frame as usize).expect("a frame of the leaf");
-        (chunk.id, ChunkLocation { frame, offset: chunk.offset })
+    let (leaf, index) = (leaf(), DedupIndex::new(4 * CHUNKS as usize));
+    let extents = leaf.extents.iter().copied().step_by(2).collect();
+    index.insert(&Arc::new(Leaf { frames: leaf.frames.clone(), extents }), |_| true);
+    bencher.counter(ItemsCount::new(CHUNKS)).bench(|| {
+        leaf.chunks().filter(|(_, chunk)| index.get(black_box(&chunk.id)).is_some()).count()
     });
-    located.collect()
 }
 
 #[divan::bench]

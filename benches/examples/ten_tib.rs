@@ -26,7 +26,7 @@ use petra_engine::format::frame::FrameLocation;
 use petra_engine::format::leaf::{ChunkRef, Extent, Leaf};
 use petra_engine::format::node::Child;
 use petra_engine::format::pack::{HEADER_BYTES, PackBuilder, PackKind};
-use petra_engine::index::{ChunkLocation, DedupIndex};
+use petra_engine::index::DedupIndex;
 use petra_engine::key::Key;
 use petra_engine::reader::VolumeReader;
 use petra_engine::record::{Decision, SnapshotRecord, SnapshotStats, VolumeRecord, kind};
@@ -257,11 +257,12 @@ fn memory_mib(field: &str) -> u64 {
 fn index_rate() -> (f64, f64) {
     let count = 1 << 20;
     let index = DedupIndex::new(count);
-    let frame = leaf(0).frames[0];
-    let ids: Vec<ChunkId> = (0..count as u64).map(chunk_id).collect();
+    let leaves: Vec<Arc<Leaf>> = (0..count as u32 / CHUNKS).map(|n| Arc::new(leaf(n))).collect();
+    let ids = leaves.iter().flat_map(|leaf| leaf.chunks()).map(|(_, chunk)| chunk.id);
+    let ids: Vec<ChunkId> = ids.collect();
     let begun = Instant::now();
-    for id in &ids {
-        index.insert(*id, ChunkLocation { frame, offset: 0 });
+    for leaf in &leaves {
+        index.insert(leaf, |_| true);
     }
     let inserted = begun.elapsed();
     let begun = Instant::now();

@@ -26,28 +26,34 @@ macro_rules! serde_as_text {
 /// A snapshot, and the writer session that makes it: a ULID, so ids sort by the time of their making.
 ///
 /// Order is for people (`@latest`, listings). Safety never depends on it.
+///
+/// Kept as bytes: a number of 128 bits would be aligned to 16, and all that names a pack grow by half.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SnapshotId(Ulid);
+pub struct SnapshotId([u8; 16]);
 
 impl SnapshotId {
     /// Builds an id from a time and random bits; see [`Host::new_id`](crate::context::Host::new_id).
     pub fn from_parts(unix_ms: u64, random: u128) -> Self {
-        Self(Ulid::from_parts(unix_ms, random))
+        Self(Ulid::from_parts(unix_ms, random).to_bytes())
     }
 
     /// Milliseconds since the Unix epoch when the id was drawn, by the writer's clock.
     pub fn unix_ms(self) -> u64 {
-        self.0.timestamp_ms()
+        self.ulid().timestamp_ms()
     }
 
     /// The 16 bytes that binary objects store.
     pub fn to_bytes(self) -> [u8; 16] {
-        self.0.to_bytes()
+        self.0
     }
 
     /// The inverse of [`to_bytes`](Self::to_bytes).
     pub fn from_bytes(bytes: [u8; 16]) -> Self {
-        Self(Ulid::from_bytes(bytes))
+        Self(bytes)
+    }
+
+    fn ulid(self) -> Ulid {
+        Ulid::from_bytes(self.0)
     }
 
     /// The id that lies `k` after this one: of the same millisecond, with `k` more in its random part, which begins again
@@ -74,13 +80,13 @@ const RANDOM: u128 = (1 << 80) - 1;
 
 impl fmt::Display for SnapshotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        self.ulid().fmt(f)
     }
 }
 
 impl fmt::Debug for SnapshotId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        self.ulid().fmt(f)
     }
 }
 
@@ -89,7 +95,7 @@ impl FromStr for SnapshotId {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         const SHAPE: &str = "a snapshot id is 26 capital letters and digits";
-        let id = Ulid::from_string(text).map(Self).map_err(|_| SHAPE)?;
+        let id = Ulid::from_string(text).map(|id| Self(id.to_bytes())).map_err(|_| SHAPE)?;
         // One id has one spelling: keys and URLs are compared as text.
         if id.to_string() == text { Ok(id) } else { Err(SHAPE) }
     }

@@ -6,6 +6,7 @@
 
 use std::hint::black_box;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use petra_benches::{CHUNK_BYTES, CHUNKS, frames, leaf, random, text};
 use petra_engine::ChunkId;
@@ -13,7 +14,7 @@ use petra_engine::chunker::Chunking;
 use petra_engine::crypto::Keys;
 use petra_engine::format::frame::{self, FrameEncoder};
 use petra_engine::format::leaf::Leaf;
-use petra_engine::index::{ChunkLocation, DedupIndex};
+use petra_engine::index::DedupIndex;
 use petra_engine::scan::is_zero;
 
 /// Input of those that take bytes.
@@ -120,14 +121,11 @@ fn decompress() {
 
 /// Chunks that are remembered and found again, and as many that are not there.
 fn index() {
-    let leaf = leaf();
+    let leaf = Arc::new(leaf());
     let index = DedupIndex::new(4 * CHUNKS as usize);
     let others: Vec<ChunkId> = (0..CHUNKS).map(|n| ChunkId::of(&n.to_le_bytes())).collect();
     measured(|| {
-        for (_, chunk) in leaf.chunks() {
-            let frame = *leaf.frames.get(chunk.frame as usize).expect("a frame of the leaf");
-            index.insert(chunk.id, ChunkLocation { frame, offset: chunk.offset });
-        }
+        index.insert(&leaf, |_| true);
         let found = leaf.chunks().filter(|(_, chunk)| index.get(&chunk.id).is_some()).count();
         found + others.iter().filter(|id| index.get(id).is_some()).count()
     });

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::leaf::Leaf;
 use crate::format::node::Child;
 use crate::id::{Digest, PackId};
-use crate::index::{ChunkLocation, DedupIndex};
+use crate::index::DedupIndex;
 use crate::record::VolumeRecord;
 use crate::repository::Repository;
 use crate::tree::{self, SegmentLeaf};
@@ -37,15 +37,8 @@ pub struct Known {
 
 impl Known {
     /// Puts the chunks of one leaf into the index.
-    pub fn remember(&self, leaf: &Leaf) {
-        for (_, chunk) in leaf.chunks() {
-            if let Some(frame) = leaf.frames.get(chunk.frame as usize)
-                && !self.shunned.contains(&frame.pack)
-            {
-                let location = ChunkLocation { frame: *frame, offset: chunk.offset };
-                self.index.insert(chunk.id, location);
-            }
-        }
+    pub fn remember(&self, leaf: &Arc<Leaf>) {
+        self.index.insert(leaf, |frame| !self.shunned.contains(&frame.pack));
     }
 
     /// True for a leaf that must not be used as a whole.
@@ -95,7 +88,7 @@ impl<'a> Fill<'a> {
         &mut self,
         len_bytes: u64,
         leaves: &[Child],
-    ) -> Result<(HashMap<usize, Leaf>, HashSet<usize>)> {
+    ) -> Result<(HashMap<usize, Arc<Leaf>>, HashSet<usize>)> {
         let (mut usable, mut unusable) = (HashMap::new(), HashSet::new());
         let budget = self.budget;
         // Each of them is checked, also one with the content of another: it may be kept as it is.
@@ -173,10 +166,10 @@ impl<'a> Fill<'a> {
     async fn remember(
         &self,
         read: Vec<(usize, Child, SegmentLeaf)>,
-    ) -> Result<Vec<(usize, Option<Leaf>)>> {
+    ) -> Result<Vec<(usize, Option<Arc<Leaf>>)>> {
         let known = self.known.clone();
         let remember = move |(segment, child, leaf): (usize, Child, SegmentLeaf)| {
-            let leaf = leaf.ok().flatten();
+            let leaf = leaf.ok().flatten().map(Arc::new);
             if let Some(leaf) = &leaf {
                 known.remember(leaf);
             }

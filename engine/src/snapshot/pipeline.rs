@@ -43,7 +43,7 @@ pub struct VolumeJob {
     /// The parent's segments of which nothing is known, since what describes them is damaged or set aside.
     unknown: HashSet<usize>,
     /// Leaves of the parent whose chunks the index has already.
-    leaves: Mutex<HashMap<usize, Leaf>>,
+    leaves: Mutex<HashMap<usize, Arc<Leaf>>>,
     /// The parent's manifest is damaged: no node of it may be used again, since equal digests do not make it whole.
     distrusted: AtomicBool,
 }
@@ -158,6 +158,7 @@ impl VolumeJob {
         let range = tree::segment_range(self.before_len, job.segment);
         match tree::read_leaf(&pipeline.repo, &block, range.end - range.start).await {
             Ok(leaf) => {
+                let leaf = Arc::new(leaf);
                 pipeline.known.remember(&leaf);
                 if pipeline.known.shuns(&job.before, &leaf) {
                     self.distrust(&mut job);

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::packer::{Counts, Packer};
@@ -36,13 +37,13 @@ pub struct Worker<'a> {
 #[derive(Debug)]
 pub enum Method {
     /// From all of its bytes, which may be those of the parent's leaf.
-    Scan(Option<Leaf>),
+    Scan(Option<Arc<Leaf>>),
     /// It is the parent's.
     Keep,
     /// From the parent's leaf, or zeros where it had none, and the bytes around the changes.
     Splice {
         /// The parent's leaf.
-        leaf: Option<Leaf>,
+        leaf: Option<Arc<Leaf>>,
         /// What has changed since.
         changes: Changes,
     },
@@ -50,7 +51,7 @@ pub enum Method {
 
 impl Method {
     /// The method where the parent's leaf is `leaf`, or zeros where there is none.
-    pub fn from_changes(leaf: Option<Leaf>, changes: Option<Changes>) -> Self {
+    pub fn from_changes(leaf: Option<Arc<Leaf>>, changes: Option<Changes>) -> Self {
         match changes {
             None => Self::Scan(leaf),
             Some(changes) if changes.is_empty() => Self::Keep,
@@ -84,6 +85,7 @@ impl<'a> Worker<'a> {
             leaf: Leaf::default(),
             unreported: 0,
             known_frames: HashMap::new(),
+            last_frame: None,
         };
         Ok(Self { scanner: Scanner::new(keys.cutter(chunking)), assembler })
     }
@@ -104,7 +106,7 @@ impl<'a> Worker<'a> {
                 return Ok(before);
             }
             Method::Splice { leaf, changes } => {
-                let extents = tree::extents(leaf.as_ref(), range.end - range.start);
+                let extents = tree::extents(leaf.as_deref(), range.end - range.start);
                 let frames = leaf.as_ref().map_or(&[][..], |leaf| &leaf.frames);
                 splice(scanner, source, range, &extents, &changes, &mut |piece| match piece {
                     Spliced::Kept(extent) => assembler.kept(extent, frames),
@@ -150,6 +152,8 @@ struct Assembler<'a> {
     unreported: u64,
     /// Positions in `leaf.frames`.
     known_frames: HashMap<FrameLocation, u32>,
+    /// The one that was asked for last: mostly it is that of the next chunk too.
+    last_frame: Option<(FrameLocation, u32)>,
 }
 
 impl Assembler<'_> {
@@ -158,6 +162,7 @@ impl Assembler<'_> {
         self.frame_chunks.clear();
         self.waiting.clear();
         self.known_frames.clear();
+        self.last_frame = None;
         self.leaf = Leaf::default();
     }
 
@@ -276,11 +281,18 @@ impl Assembler<'_> {
     }
 
     fn frame_position(&mut self, location: FrameLocation) -> u32 {
+        if let Some((last, position)) = self.last_frame
+            && last == location
+        {
+            return position;
+        }
         let frames = &mut self.leaf.frames;
-        *self.known_frames.entry(location).or_insert_with(|| {
+        let position = *self.known_frames.entry(location).or_insert_with(|| {
             frames.push(location);
             (frames.len() - 1) as u32
-        })
+        });
+        self.last_frame = Some((location, position));
+        position
     }
 
     /// Compresses the open frame and puts it into a pack.
@@ -298,10 +310,13 @@ impl Assembler<'_> {
             }
         }
         let mut offset = 0;
-        for (id, len) in self.frame_chunks.drain(..) {
-            self.index.insert(id, ChunkLocation { frame: location, offset });
+        let extents = self.frame_chunks.drain(..).map(|(id, len)| {
+            let chunk = ChunkRef { id, len, frame: 0, offset };
             offset += len;
-        }
+            Extent::Chunk(chunk)
+        });
+        let stored = Leaf { frames: vec![location], extents: extents.collect() };
+        self.index.insert(&Arc::new(stored), |_| true);
         let bytes = self.frame.len() as u64;
         self.counts.new_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.ctx.progress.event(Event::New { bytes });
