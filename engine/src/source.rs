@@ -1,10 +1,12 @@
 //! Sources of snapshots: anything with random reads and a map of its holes.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{Advice, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
@@ -83,7 +85,13 @@ pub struct FileSource {
     /// Size and modification time of a regular file. A device has neither.
     version: Option<(u64, i64, i64)>,
     allocated_bytes: u64,
+    /// Ranges of data that were found last. To find where one ends the kernel goes through all extents up to there,
+    /// and every few blocks of a fragmented file are looked for.
+    found: Mutex<VecDeque<Range<u64>>>,
 }
+
+/// Ranges of data to keep: as many as there are threads, mostly.
+const FOUND_RANGES: usize = 16;
 
 impl FileSource {
     /// Opens a source.
@@ -112,7 +120,8 @@ impl FileSource {
         // A hint only: what it fails on is read all the same.
         let _ = fadvise(&file, 0, None, Advice::Sequential);
         let allocated_bytes = if version.is_some() { metadata.blocks() * 512 } else { len_bytes };
-        Ok(Self { file, path: path.to_owned(), len_bytes, version, allocated_bytes })
+        let found = Mutex::default();
+        Ok(Self { file, path: path.to_owned(), len_bytes, version, allocated_bytes, found })
     }
 
     fn changed(&self, detail: impl Into<String>) -> Error {
@@ -163,8 +172,19 @@ impl Source for FileSource {
     }
 
     fn next_data(&self, from: u64) -> Result<Option<Range<u64>>> {
+        // Locked while the kernel looks, which does not let in two of them at once either.
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(data) = found.iter().find(|data| data.contains(&from)) {
+            return Ok(Some(from..data.end));
+        }
         match next_data(&self.file, from, self.len_bytes) {
-            Ok(data) => Ok(data),
+            Ok(data) => {
+                if found.len() >= FOUND_RANGES {
+                    found.pop_front();
+                }
+                found.extend(data.clone());
+                Ok(data)
+            }
             Err(Errno::NXIO) => Err(self.changed("it became shorter")),
             Err(error) => Err(Error::io("find data in", &self.path)(error.into())),
         }
@@ -187,5 +207,34 @@ impl Source for FileSource {
             return Err(self.changed("its modification time moved"));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_that_was_found_before_is_what_the_kernel_tells() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        // More ranges than are kept.
+        let ranges: Vec<Range<u64>> =
+            (0..40).map(|n| n << 20..(n << 20) + (n % 5 + 1) * 4096).collect();
+        for range in &ranges {
+            let data = vec![1; (range.end - range.start) as usize];
+            file.as_file().write_all_at(&data, range.start).unwrap();
+        }
+        file.as_file().set_len(50 << 20).unwrap();
+        let source = FileSource::open(file.path()).unwrap();
+        for step in 0..3000_u64 {
+            // All over the file, and some places again and again.
+            let from = step * step * 7919 % (51 << 20) / (1 + step % 3);
+            let found = source.next_data(from).unwrap();
+            assert_eq!(found, next_data(file.as_file(), from, 50 << 20).unwrap(), "from {from}");
+            let expected = ranges.iter().find(|range| range.end > from);
+            let expected = expected.map(|range| range.start.max(from)..range.end);
+            assert_eq!(found, expected, "from {from}");
+        }
+        assert!(source.found.lock().unwrap().len() <= FOUND_RANGES);
     }
 }
