@@ -1,8 +1,8 @@
 //! Where the bytes of a file lie on its file system, and what differs between two files that share extents.
 //!
 //! A copy by reference shares all extents with its original. What is written to the original later goes elsewhere, so
-//! bytes that two files have in common are those that lie at the same place for both. The kernel tells (FIEMAP), and
-//! nothing of the files needs to be read. This holds as long as both files are there and neither is written: a place
+//! bytes that two files have in common are those that lie at the same place for both. The kernel tells (FIEMAP, or the
+//! tree of a btrfs itself, which is ten times as fast), and nothing of the files needs to be read. This holds as long as both files are there and neither is written: a place
 //! that a file refers to is not used for anything else.
 //!
 //! Only a plain extent at a known place can be the same as another. Holes and extents that were allocated but never
@@ -15,6 +15,7 @@ use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
 
+use crate::sys::btrfs;
 use crate::sys::fiemap::{self, FiemapExtent, fiemap};
 
 /// Bytes of a file that lie somewhere as one piece.
@@ -36,6 +37,21 @@ pub struct ExtentMap {
 impl ExtentMap {
     /// Reads the map of a range of a file. Fails where the kernel does, or gives an answer that makes no sense.
     pub fn read(file: &File, range: Range<u64>) -> io::Result<Self> {
+        if btrfs::is_on(file)? {
+            let mut map = Self { range: range.clone(), stretches: Vec::new() };
+            match btrfs::file_extents(file, range.clone(), |extent| map.add(&extent)) {
+                Ok(()) => return Ok(map),
+                // That is for root alone.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Self::from_fiemap(file, range)
+    }
+
+    /// The same by FIEMAP on every file system.
+    #[doc(hidden)]
+    pub fn from_fiemap(file: &File, range: Range<u64>) -> io::Result<Self> {
         let mut map = Self { range: range.clone(), stretches: Vec::new() };
         fiemap(file, range, fiemap::SYNC, |extent| {
             map.add(&extent);

@@ -493,6 +493,60 @@ fn reading_with_dontcache() {
     }
 }
 
+/// FIEMAP is the oracle. Files with holes, room that was only allocated, data that is shared, moved, compressed or inline.
+#[test]
+fn the_tree_of_btrfs_tells_the_same_as_fiemap() {
+    let Some(lab) = TestPool::new(BackendKind::Btrfs) else { return };
+    let volume = lab.create("v", 64 * MIB, Filesystem::Raw);
+    let image = OpenOptions::new().read(true).write(true).open(volume.image()).unwrap();
+    let directory = volume.image().parent().unwrap().to_owned();
+    let small = directory.join("small");
+    std::fs::write(&small, b"a few bytes").unwrap();
+    let packed = directory.join("packed");
+    File::create(&packed).unwrap();
+    assert!(Command::new("chattr").arg("+c").arg(&packed).status().unwrap().success());
+    std::fs::write(&packed, vec![7; 3 << 20]).unwrap();
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut draw = |below: u64| random.u64(0..below);
+    let mut copies = vec![];
+    for round in 0..12 {
+        for _ in 0..60 {
+            let (at, len) = (draw(60 << 8) * 4096, (1 + draw(40)) * 4096);
+            match draw(8) {
+                0 => {
+                    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                    fallocate(&image, hole, at, len * 16).unwrap();
+                }
+                1 => fallocate(&image, FallocateFlags::KEEP_SIZE, at, len * 8).unwrap(),
+                _ => image.write_all_at(&noise(at, len as usize), at).unwrap(),
+            }
+        }
+        if round % 3 == 0 {
+            let taken = take(&lab.pool, &group(&[&volume])).unwrap();
+            let copy = volume.copy_image(taken.upload.state().volumes[0].copy);
+            copies.push(File::open(copy).unwrap());
+        }
+        // What is written here has no place yet when it is asked for.
+        let files = [File::open(&small).unwrap(), File::open(&packed).unwrap()];
+        for file in copies.iter().chain(&files).chain([&image]) {
+            for _ in 0..40 {
+                let start = draw(66 << 20);
+                let range = start..start + 1 + draw(if round % 2 == 0 { 70 << 20 } else { 5000 });
+                let tree = ExtentMap::read(file, range.clone()).unwrap();
+                let oracle = ExtentMap::from_fiemap(file, range.clone()).unwrap();
+                let unknown = differing(&oracle, &oracle);
+                assert_eq!(differing(&tree, &oracle), unknown, "{range:?} in round {round}");
+                assert_eq!(differing(&tree, &tree), unknown, "{range:?} in round {round}");
+            }
+        }
+    }
+    // Else the test would show nothing.
+    let whole = |file| ExtentMap::from_fiemap(file, 0..64 * MIB).unwrap();
+    assert!(!differing(&whole(&copies[0]), &whole(&image)).is_empty());
+    let packed = whole(&File::open(&packed).unwrap());
+    assert_eq!(differing(&packed, &packed), std::slice::from_ref(&(0..3 * MIB)));
+}
+
 #[test]
 fn what_a_map_tells_on_each_file_system() {
     for kind in [BackendKind::Btrfs, BackendKind::Xfs] {

@@ -70,6 +70,11 @@ pub(crate) struct FiemapExtent {
 }
 
 impl FiemapExtent {
+    /// An extent.
+    pub(crate) fn new(logical: u64, physical: u64, length: u64, flags: u32) -> Self {
+        Self { logical, physical, length, flags, ..Self::default() }
+    }
+
     /// True for one whose place says what its bytes are.
     pub(crate) fn is_plain(&self) -> bool {
         self.flags & flag::ODD == 0
@@ -90,6 +95,14 @@ impl FiemapExtent {
 struct Call {
     header: Header,
     extents: [FiemapExtent; BATCH],
+}
+
+/// Writes dirty pages, so that they have a place.
+pub(crate) fn sync(file: &File) -> io::Result<()> {
+    let (flags, mapped_extents, extent_count, reserved) = (SYNC, 0, 0, 0);
+    let mut header = Header { start: 0, length: 1, flags, mapped_extents, extent_count, reserved };
+    // SAFETY: the kernel reads and writes the header, and no extents, since there is room for none.
+    Ok(unsafe { ioctl(file, Updater::<FIEMAP, Header>::new(&mut header)) }?)
 }
 
 /// Gives the extents that overlap a range, in the order of the file, as long as `each` wants more. They are not clipped to
