@@ -10,6 +10,8 @@ restic, versitygw (a real S3 server), btrfs-progs and xfsprogs. Every figure is 
   uploads      fio on a volume while a snapshot of it uploads to a repository in memory, after the snapshot, and before it
   incremental  64 MiB changed in a volume of 8 GiB, little of it or nearly all of it data, and in one of 256 GiB; against
                restic, which reads the image (from the page cache)
+  scattered    20,000 writes of 4 KiB in 2 GiB of data, as a database does it, and then 64 MiB changed in such a volume, on both
+               kinds of pools; against restic
   clones       from the command to a mounted file system: by reference; lazily from S3 on loopback, with and without
                30 ms more for each request, 8 GiB and 1 TiB; then find and cat; and hydration without readers against
                a restore into the same pool
@@ -288,21 +290,21 @@ def incremental(bench: Bench) -> None:
                 shutil.copyfile(root / "volumes/v/live/image", image)
         shutil.rmtree(repository)
         if size == 8:
-            other = whole_image(bench, image)
+            other = whole_image(bench, image, lambda file, seed: overwrite(file, 2 * GIB, 64, seed, at=3 * GIB))
             bench.row(f"64 MiB changed of 8 GiB ({data} GiB of data): petra, restic", f"{wall:.2f} s, {other:.2f} s: "
                       f"{other / wall:.1f}x", ">= 50x")
         else:
             bench.row(f"the same in a volume of {size} GiB", f"{wall:.2f} s: {wall / walls[8, data]:.2f} of that of 8 GiB", "<= 1.5")
 
 
-def whole_image(bench: Bench, image: Path) -> float:
-    """Seconds that restic takes for 64 MiB more in an image that it knows, and has to read."""
+def whole_image(bench: Bench, image: Path, change: Callable[[Path, int], None]) -> float:
+    """Seconds that restic takes for a change in an image that it knows, and has to read."""
     bench.call("restic", "-q", "-r", bench.directory / "restic", "init")
     backup = ("restic", "-q", "--no-cache", "-r", bench.directory / "restic", "backup", image)
     bench.call(*backup)
     samples = []
     for turn in range(3):
-        overwrite(image, 2 * GIB, 64, 9 + turn, at=3 * GIB)
+        change(image, 9 + turn)
         read_all(image)
         os.sync()
         begun = time.monotonic()
@@ -311,6 +313,43 @@ def whole_image(bench: Bench, image: Path) -> float:
     image.unlink()
     shutil.rmtree(bench.directory / "restic")
     return statistics.median(samples)
+
+
+def scattered(bench: Bench) -> None:
+    image = bench.directory / "image"
+    changes = {"20,000 writes of 4 KiB": scatter, "then 64 MiB": lambda file, seed: overwrite(file, 2 * GIB, 64, seed)}
+    walls = {}
+    for kind in KINDS:
+        with bench.pool(kind, size="30G") as root:
+            bench.run("volume", "create", "--pool", root, "v", "--size", "8G")
+            bench.run("volume", "mount", "--pool", root, "v", bench.directory / "at")
+            write_noise(bench.directory / "at/data", 2 * GIB, 1)
+            repository = bench.directory / "repo"
+            bench.run("init", repository)
+            bench.run("volume", "snapshot", "--pool", root, "v", f"{repository}#e/r")
+            for what, change in changes.items():
+                samples = []
+                for turn in range(3):
+                    change(bench.directory / "at/data", turn)
+                    os.sync()
+                    samples.append(bench.timed("volume", "snapshot", "--pool", root, "v", f"{repository}#e/r"))
+                walls[kind, what] = statistics.median(samples)
+        shutil.rmtree(repository)
+    for what, change in changes.items():
+        write_noise(image, 2 * GIB, 1)
+        other = whole_image(bench, image, change)
+        for kind in KINDS:
+            wall = walls[kind, what]
+            bench.row(f"{what} in 2 GiB of data, {kind}: petra, restic", f"{wall:.2f} s, {other:.2f} s: {other / wall:.1f}x")
+
+
+def scatter(path: Path, seed: int) -> None:
+    """Changes 20,000 blocks of 4 KiB in 2 GiB, each somewhere else."""
+    noise = random.Random(seed)
+    with path.open("r+b") as file:
+        for _ in range(20_000):
+            file.seek(noise.randrange(2 * GIB // 4096) * 4096)
+            file.write(noise.randbytes(4096))
 
 
 def overwrite(path: Path, length: int, count: int, seed: int, at: int = 0) -> None:
@@ -469,7 +508,7 @@ def lazy_device(bench: Bench, root: Path) -> Path:
     return Path(attached["device"])
 
 
-PARTS = {"pause": pause, "group": group, "latency": latency, "uploads": uploads, "incremental": incremental, "clones": clones, "device": device}
+PARTS = {"pause": pause, "group": group, "latency": latency, "uploads": uploads, "incremental": incremental, "scattered": scattered, "clones": clones, "device": device}
 
 
 def volumes(options: argparse.Namespace) -> None:
