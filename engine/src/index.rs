@@ -1,11 +1,11 @@
 //! The deduplication index: where chunks are that may be reused.
 //!
 //! Correctness never depends on it: a chunk that it has forgotten is stored again. So it is bounded, and forgets
-//! the oldest half when it is full. It is filled from the leaves of pinned snapshots, the most relevant first, and
+//! the older half when it is full. It is filled from the leaves of pinned snapshots, the most relevant first, and
 //! from this session's own frames. Large volumes do not rely on it alone: each segment is compared with the
 //! parent's leaf of the same segment first (see [`crate::snapshot`]), which needs no index.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
@@ -29,23 +29,27 @@ const SHARDS: usize = 16;
 ///
 /// It keeps the leaves, and a place of a chunk is its position there: half a million chunks are put here before a snapshot
 /// begins, and each touches 9 bytes of a table, not a copy of its id and location.
+///
+/// Leaves are added by one thread at a time. Locks are taken in this order: generations, a shard.
 #[derive(Debug)]
 pub struct DedupIndex {
-    shards: Vec<Mutex<Shard>>,
-    /// A generation of a shard is complete at this size.
-    generation: usize,
+    generations: RwLock<Generations>,
+    /// A generation is complete when its leaves have so many extents.
+    complete: usize,
 }
 
 #[derive(Debug, Default)]
-struct Shard {
+struct Generations {
     young: Generation,
-    old: Generation,
+    old: Option<Generation>,
 }
 
 #[derive(Debug, Default)]
 struct Generation {
-    table: HashTable<Place>,
     leaves: Vec<Arc<Leaf>>,
+    /// In all leaves: what they take of the memory, however few of their chunks are remembered.
+    extents: usize,
+    shards: [Mutex<HashTable<Place>>; SHARDS],
 }
 
 /// Where a chunk of a generation is: a position among its leaves, and one among the extents of that leaf.
@@ -57,27 +61,40 @@ struct Place {
 
 impl Generation {
     fn get(&self, id: &ChunkId) -> Option<ChunkLocation> {
+        let shard = self.shards.get(shard_of(id))?.lock().unwrap_or_else(PoisonError::into_inner);
         let is_it = |place: &Place| chunk(&self.leaves, *place).is_some_and(|(_, c)| c.id == *id);
-        let place = self.table.find(hash(id), is_it)?;
-        let (leaf, chunk) = chunk(&self.leaves, *place)?;
+        let place = *shard.find(hash(id), is_it)?;
+        drop(shard);
+        let (leaf, chunk) = chunk(&self.leaves, place)?;
         let frame = *leaf.frames.get(chunk.frame as usize)?;
         Some(ChunkLocation { frame, offset: chunk.offset })
     }
 
-    /// Remembers a chunk of the leaf that came last, unless there is one of that name.
-    fn insert(&mut self, id: &ChunkId, extent: u32) {
-        let Self { table, leaves } = self;
-        let is_it = |place: &Place| chunk(leaves, *place).is_some_and(|(_, c)| c.id == *id);
-        let entry = table.entry(hash(id), is_it, |place| hash_at(leaves, *place));
-        if let (Entry::Vacant(vacant), Some(leaf)) = (entry, leaves.len().checked_sub(1)) {
-            vacant.insert(Place { leaf: leaf as u32, extent });
+    /// Remembers chunks of a leaf, unless there are some of those names.
+    fn insert(&self, leaf: u32, parts: [Vec<(u32, &ChunkId)>; SHARDS]) {
+        let leaves = &self.leaves;
+        for (shard, part) in self.shards.iter().zip(parts) {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            for (extent, id) in part {
+                let is_it = |place: &Place| chunk(leaves, *place).is_some_and(|(_, c)| c.id == *id);
+                let entry = shard.entry(hash(id), is_it, |place| hash_at(leaves, *place));
+                if let Entry::Vacant(vacant) = entry {
+                    vacant.insert(Place { leaf, extent });
+                }
+            }
         }
     }
 
-    fn reserve(&mut self, more: usize) {
-        let Self { table, leaves } = self;
-        table.reserve(more, |place| hash_at(leaves, *place));
+    fn reserve(&self, more: usize) {
+        for shard in &self.shards {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            shard.reserve(more / SHARDS, |place| hash_at(&self.leaves, *place));
+        }
     }
+}
+
+fn read<T>(lock: &RwLock<T>) -> RwLockReadGuard<'_, T> {
+    lock.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn chunk(leaves: &[Arc<Leaf>], place: Place) -> Option<(&Leaf, &ChunkRef)> {
@@ -104,32 +121,27 @@ fn shard_of(id: &ChunkId) -> usize {
 }
 
 impl DedupIndex {
-    /// An index that remembers between half of `capacity` and `capacity` chunks.
+    /// An index that keeps leaves with `capacity` extents, and at most two leaves more: always those with the last half.
     pub fn new(capacity: usize) -> Self {
-        let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
-        Self { shards, generation: (capacity / SHARDS / 2).max(1) }
+        Self { generations: RwLock::default(), complete: (capacity / 2).max(1) }
     }
 
     /// Where the chunk is, if that is remembered.
     pub fn get(&self, id: &ChunkId) -> Option<ChunkLocation> {
-        let shard = self.shards.get(shard_of(id))?.lock().unwrap_or_else(PoisonError::into_inner);
-        shard.young.get(id).or_else(|| shard.old.get(id))
+        let generations = read(&self.generations);
+        generations.young.get(id).or_else(|| generations.old.as_ref()?.get(id))
     }
 
     /// Makes room for about so many chunks more at once, as far as the bound allows.
     pub fn reserve(&self, chunks: usize) {
-        for shard in &self.shards {
-            let young = &mut shard.lock().unwrap_or_else(PoisonError::into_inner).young;
-            let room = self.generation.saturating_sub(young.table.len());
-            young.reserve((chunks / SHARDS).min(room));
-        }
+        read(&self.generations).young.reserve(chunks.min(self.complete));
     }
 
     /// Remembers the chunks of a leaf that are in usable frames. Of a chunk that was remembered lately, the place stays the
     /// one that was given first.
     pub fn insert(&self, leaf: &Arc<Leaf>, is_usable: impl Fn(&FrameLocation) -> bool) {
         // Apart first: a lock that is taken for each chunk would make each wait for the memory of the one before.
-        let mut parts = vec![vec![]; SHARDS];
+        let mut parts: [Vec<_>; SHARDS] = Default::default();
         for (number, extent) in leaf.extents.iter().enumerate() {
             if let Extent::Chunk(chunk) = extent
                 && leaf.frames.get(chunk.frame as usize).is_some_and(&is_usable)
@@ -138,20 +150,19 @@ impl DedupIndex {
                 part.push((number as u32, &chunk.id));
             }
         }
-        for (shard, part) in self.shards.iter().zip(parts) {
-            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut is_there = false;
-            for (number, id) in part {
-                if shard.young.table.len() >= self.generation {
-                    shard.old = std::mem::take(&mut shard.young);
-                    is_there = false;
-                }
-                if !std::mem::replace(&mut is_there, true) {
-                    shard.young.leaves.push(leaf.clone());
-                }
-                shard.young.insert(id, number);
-            }
+        let mut generations = self.generations.write().unwrap_or_else(PoisonError::into_inner);
+        let mut forgotten = None;
+        if generations.young.extents >= self.complete {
+            let complete = std::mem::take(&mut generations.young);
+            forgotten = generations.old.replace(complete);
         }
+        let Generation { leaves, extents, .. } = &mut generations.young;
+        let number = leaves.len() as u32;
+        leaves.push(leaf.clone());
+        *extents += leaf.extents.len();
+        // Others may look for chunks meanwhile.
+        RwLockWriteGuard::downgrade(generations).young.insert(number, parts);
+        drop(forgotten);
     }
 }
 
@@ -179,31 +190,48 @@ mod tests {
 
     #[test]
     fn remembers_the_youngest_within_its_bound() {
-        let index = DedupIndex::new(SHARDS * 80);
-        index.reserve(SHARDS * 10);
+        // Leaves of 100 chunks and as many zeros: five fill half of it.
+        let index = DedupIndex::new(2_000);
+        index.reserve(10);
         for first in (0..10_000).step_by(100) {
             index.insert(&leaf(first..first + 100, 0), |_| true);
-            for n in first..first + 100 {
+            for n in first.saturating_sub(400)..first + 100 {
                 let found = index.get(&id(n)).unwrap();
                 assert_eq!((found.offset, found.frame.pack.number), (n, n % 2));
             }
+            let known = (0..first + 100).filter(|n| index.get(&id(*n)).is_some()).count();
+            assert!(known <= 1_000, "{known}");
         }
-        let known = (0..10_000).filter(|n| index.get(&id(*n)).is_some()).count();
-        assert!((SHARDS * 40..=SHARDS * 80).contains(&known), "{known}");
     }
 
     #[test]
-    fn forgets_within_a_leaf_that_is_larger_than_it() {
-        let index = DedupIndex::new(SHARDS * 10);
+    fn leaves_of_which_little_is_new_count_as_a_whole() {
+        let index = DedupIndex::new(2_000);
+        let leaves: Vec<_> = (0..50).map(|n| leaf((0..99).chain([100 + n]), 0)).collect();
+        for leaf in &leaves {
+            index.insert(leaf, |_| true);
+        }
+        let kept = leaves.iter().filter(|leaf| Arc::strong_count(leaf) > 1).count();
+        assert!((5..=10).contains(&kept), "{kept}");
+        assert!(index.get(&id(149)).is_some() && index.get(&id(5)).is_some());
+    }
+
+    #[test]
+    fn a_leaf_that_is_larger_than_it_is_kept_until_as_much_came() {
+        let index = DedupIndex::new(10);
         index.insert(&leaf(0..5_000, 0), |_| true);
-        let known: Vec<u32> = (0..5_000).filter(|n| index.get(&id(*n)).is_some()).collect();
-        assert!((SHARDS * 5..=SHARDS * 10).contains(&known.len()), "{}", known.len());
-        assert!(known.iter().all(|n| index.get(&id(*n)).unwrap().offset == *n && *n > 4_500));
+        assert!((0..5_000).all(|n| index.get(&id(n)).is_some_and(|found| found.offset == n)));
+        index.insert(&leaf(5_000..5_001, 0), |_| true);
+        index.insert(&leaf(5_001..5_010, 0), |_| true);
+        assert!(index.get(&id(0)).is_some());
+        index.insert(&leaf(5_010..5_011, 0), |_| true);
+        assert!((0..5_000).all(|n| index.get(&id(n)).is_none()));
+        assert!(index.get(&id(5_005)).is_some());
     }
 
     #[test]
     fn the_first_place_stays_and_unusable_frames_are_not_remembered() {
-        let index = DedupIndex::new(SHARDS * 1_000);
+        let index = DedupIndex::new(10_000);
         index.insert(&leaf(0..500, 0), |frame| frame.pack.number == 1);
         index.insert(&leaf(0..600, 2), |_| true);
         for n in 0..600 {
