@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -13,7 +13,7 @@ use rustix::fs::fstatfs;
 use rustix::io::Errno;
 use rustix::ioctl::{NoArg, Opcode, Setter, Updater, ioctl, opcode};
 
-use super::fiemap::{self, FiemapExtent, flag};
+use super::fiemap::{self, FiemapExtent, fiemap, flag};
 
 const SUBVOL_CREATE: Opcode = opcode::write::<Arguments>(0x94, 14);
 const SNAP_DESTROY: Opcode = opcode::write::<Arguments>(0x94, 15);
@@ -40,8 +40,6 @@ const REGULAR: u8 = 1;
 const PREALLOCATED: u8 = 2;
 /// Room for the items of one search: some 770 extents.
 const FOUND_BYTES: usize = 64 << 10;
-/// How far before an address its extent is looked for at first.
-const LOOK_BACK_BYTES: u64 = 1 << 20;
 /// The inode number of every subvolume's top directory.
 const TOP_INODE: u64 = 256;
 
@@ -195,22 +193,22 @@ pub(crate) fn is_on(file: &File) -> io::Result<bool> {
 }
 
 /// Gives the extents of a file on btrfs that overlap a range, in the order of the file and not clipped to it, as
-/// [`fiemap`](fiemap::fiemap) with [`SYNC`](fiemap::SYNC) does, but without the flags `LAST` and `SHARED`. To find out what is shared, FIEMAP looks through
+/// [`fiemap`](fiemap()) with [`SYNC`](fiemap::SYNC) does, but without the flags `LAST` and `SHARED`. To find out what is shared, FIEMAP looks through
 /// all that refers to an extent, and takes ten times as long. Needs `CAP_SYS_ADMIN`.
 pub(crate) fn file_extents(
     file: &File,
     range: Range<u64>,
     mut each: impl FnMut(FiemapExtent),
 ) -> io::Result<()> {
-    // What was written only just has no place in the tree: it is written out first.
-    fiemap::sync(file)?;
-    let mut search = ExtentSearch::new(file)?;
-    let first = search.last_before(range.start.saturating_add(1))?.unwrap_or(range.start);
-    search.each(first..range.end, &mut |extent| {
-        if extent.logical.saturating_add(extent.length) > range.start {
-            each(extent);
-        }
-    })
+    // FIEMAP writes out what has no place in the tree as yet, and tells the extent in which the range begins, which may be
+    // far before it; the search then finds those that begin within.
+    let mut from = range.start;
+    fiemap(file, from..from.saturating_add(1), fiemap::SYNC, |extent| {
+        from = extent.logical.saturating_add(extent.length).max(from);
+        each(extent);
+        ControlFlow::Continue(())
+    })?;
+    ExtentSearch::new(file)?.each(from..range.end, &mut each)
 }
 
 /// Searches for extents of a file.
@@ -226,22 +224,6 @@ impl<'a> ExtentSearch<'a> {
         let key = SearchKey::new(OWN_TREE, inode, EXTENT_DATA, 0..=0, 0);
         let search = LargeSearch { key, room_bytes: FOUND_BYTES as u64, found: [0; FOUND_BYTES] };
         Ok(Self { file, inode, search: Box::new(search) })
-    }
-
-    /// Where the last extent begins that begins before an address, which is the one that may go on there. Extents have no
-    /// greatest length, and what lies before none of them is a hole, so it is looked for ever further back.
-    fn last_before(&mut self, end: u64) -> io::Result<Option<u64>> {
-        let (mut until, mut step) = (end, LOOK_BACK_BYTES);
-        while until > 0 {
-            let from = end.saturating_sub(step);
-            let mut last = None;
-            self.each(from..until, &mut |extent| last = Some(extent.logical))?;
-            if last.is_some() {
-                return Ok(last);
-            }
-            (until, step) = (from, step.saturating_mul(16));
-        }
-        Ok(None)
     }
 
     /// Gives the extents that begin in a range.

@@ -97,14 +97,6 @@ struct Call {
     extents: [FiemapExtent; BATCH],
 }
 
-/// Writes dirty pages, so that they have a place.
-pub(crate) fn sync(file: &File) -> io::Result<()> {
-    let (flags, mapped_extents, extent_count, reserved) = (SYNC, 0, 0, 0);
-    let mut header = Header { start: 0, length: 1, flags, mapped_extents, extent_count, reserved };
-    // SAFETY: the kernel reads and writes the header, and no extents, since there is room for none.
-    Ok(unsafe { ioctl(file, Updater::<FIEMAP, Header>::new(&mut header)) }?)
-}
-
 /// Gives the extents that overlap a range, in the order of the file, as long as `each` wants more. They are not clipped to
 /// the range. `flags` is [`SYNC`] or 0. Memory is bounded; a file that changes meanwhile may show some of both states.
 pub(crate) fn fiemap(
