@@ -2,7 +2,7 @@
 //!
 //! A copy by reference shares all extents with its original. What is written to the original later goes elsewhere, so
 //! bytes that two files have in common are those that lie at the same place for both. The kernel tells (FIEMAP, or the
-//! tree of a btrfs itself, which is ten times as fast), and nothing of the files needs to be read. This holds as long as both files are there and neither is written: a place
+//! tree of a btrfs itself, which is several times as fast), and nothing of the files needs to be read. This holds as long as both files are there and neither is written: a place
 //! that a file refers to is not used for anything else.
 //!
 //! Only a plain extent at a known place can be the same as another. Holes and extents that were allocated but never

@@ -194,7 +194,7 @@ pub(crate) fn is_on(file: &File) -> io::Result<bool> {
 
 /// Gives the extents of a file on btrfs that overlap a range, in the order of the file and not clipped to it, as
 /// [`fiemap`](fiemap()) with [`SYNC`](fiemap::SYNC) does, but without the flags `LAST` and `SHARED`. To find out what is shared, FIEMAP looks through
-/// all that refers to an extent, and takes ten times as long. Needs `CAP_SYS_ADMIN`.
+/// all that refers to an extent, and takes several times as long. Needs `CAP_SYS_ADMIN`.
 pub(crate) fn file_extents(
     file: &File,
     range: Range<u64>,
