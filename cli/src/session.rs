@@ -130,14 +130,19 @@ impl Session {
         }
     }
 
-    /// Begins an operation that shows its progress until the returned value is dropped.
-    pub fn activity(&self, label: &'static str) -> Activity {
+    /// The context of an operation that shows nothing.
+    pub fn context(&self) -> Context {
         let mut context = Context { cancel: self.cancel.clone(), ..Context::default() };
         if let Some(threads) = self.global.threads {
             context.limits.threads = threads.get();
         }
+        context
+    }
+
+    /// Begins an operation that shows its progress until the returned value is dropped.
+    pub fn activity(&self, label: &'static str) -> Activity {
         // Log lines would tear a bar apart.
         let may_draw = self.global.verbose == 0;
-        Activity::begin(label, self.out, context, may_draw)
+        Activity::begin(label, self.out, self.context(), may_draw)
     }
 }

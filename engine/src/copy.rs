@@ -220,7 +220,8 @@ impl<'a> Job<'a> {
             parent: base.map_or(Parent::Auto, |(_, copy)| Parent::Snapshot(copy)),
             volumes,
         };
-        let taken = snapshot::take(self.to, &request, Some(self.origin(record)), self.ctx).await;
+        let taken =
+            snapshot::take(self.to, &request, Some(self.origin(record)), None, self.ctx).await;
         self.report.fetched_bytes +=
             sources.iter().map(|source| source.fetched_bytes()).sum::<u64>();
         taken

@@ -4,11 +4,13 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use petra_engine::record::SnapshotRecord;
+use petra_engine::snapshot::Ahead;
 use petra_engine::{Item, Name, PetraUrl, Repository, RepositoryUrl, SnapshotId};
 use petra_volume::freeze::{self, GuardCommand};
-use petra_volume::snapshot::{GroupRequest, Hook, Target, Upload, pending, take};
+use petra_volume::snapshot::{GroupRequest, Hook, Target, Upload, pending, read_ahead, take};
 use petra_volume::{Error, idle};
 use serde::Serialize;
+use tokio::task::JoinHandle;
 
 use super::gc::duration;
 use super::pool::PoolOption;
@@ -113,6 +115,11 @@ impl Snapshot {
             limit: freeze::TIME_LIMIT,
             rate_bytes_per_s: self.rate,
         };
+        let ahead = (!self.later).then(|| {
+            let (pool, request) = (pool.clone(), request.clone());
+            let (repository, context) = (repository.clone(), session.context());
+            tokio::spawn(async move { read_ahead(&pool, &request, &repository, &context).await })
+        });
         let mut taken = tokio::task::block_in_place(|| take(&pool, &request))?;
         if let Some(error) = taken.hook_failure.take() {
             session.out.warn(&format!("the copies are taken, but {error}"));
@@ -123,7 +130,7 @@ impl Snapshot {
             let document = Waiting { upload: taken.upload.id(), pause_ms };
             return session.out.report(&document, || format!("{}\n", document.upload));
         }
-        let record = upload(&mut taken.upload, &repository, session).await?;
+        let record = upload(&mut taken.upload, ahead, &repository, session).await?;
         let made = Made { snapshot: view::Snapshot::new(&url.repository, &record), pause_ms };
         session.out.report(&made, || format!("{}\n", made.snapshot.url))
     }
@@ -174,13 +181,14 @@ async fn go_on(
 ) -> Result<(RepositoryUrl, SnapshotRecord), Failure> {
     let url = url_of(waiting.target())?;
     let repository = session.open(&url).await?;
-    let record = upload(waiting, &repository, session).await?;
+    let record = upload(waiting, None, &repository, session).await?;
     Ok((url.repository, record))
 }
 
 /// Uploads at the lowest priority: from now on this process does nothing else.
 async fn upload(
     upload: &mut Upload,
+    ahead: Option<JoinHandle<Result<Ahead, Error>>>,
     repository: &Repository,
     session: &Session,
 ) -> Result<SnapshotRecord, Failure> {
@@ -188,6 +196,13 @@ async fn upload(
         session.out.warn(&format!("the upload may slow others: {error}"));
     }
     let activity = session.activity("upload");
+    if let Some(ahead) = ahead {
+        // What is wrong with the repository shows when it is read again.
+        let ahead = async { Ok::<_, Error>(ahead.await.ok().and_then(Result::ok)) };
+        if let Ok(Some(ahead)) = session.unless_cancelled(ahead).await {
+            upload.set_ahead(ahead);
+        }
+    }
     let uploaded = upload.run(repository, &activity.context).await;
     drop(activity);
     let record = uploaded.map_err(|error| {

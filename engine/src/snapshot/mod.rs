@@ -24,7 +24,6 @@ use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::format::node::Child;
 use crate::id::SnapshotId;
-use crate::index::DedupIndex;
 use crate::name::Name;
 use crate::progress::Event;
 use crate::record::{Origin, SnapshotRecord, SnapshotStats, VolumeRecord};
@@ -32,15 +31,16 @@ use crate::repository::{Repository, timestamp};
 use crate::session::Session;
 use crate::source::Source;
 use crate::url::SnapshotRef;
-use crate::workers::Workers;
 
 mod fill;
 mod halt;
 mod packer;
+mod past;
 mod pipeline;
 mod worker;
 
-use fill::{Fill, Known};
+pub use past::Ahead;
+use past::Past;
 use pipeline::{Pipeline, VolumeJob};
 
 /// Recent snapshots of the experiment, and then of the repository, that are searched for duplicates besides the parent.
@@ -90,7 +90,17 @@ pub async fn snapshot(
     request: SnapshotRequest,
     ctx: &Context,
 ) -> Result<SnapshotRecord> {
-    take(repo, &request, None, ctx).await
+    snapshot_after(None, repo, request, ctx).await
+}
+
+/// The same with what was read ahead for it.
+pub async fn snapshot_after(
+    ahead: Option<Ahead>,
+    repo: &Repository,
+    request: SnapshotRequest,
+    ctx: &Context,
+) -> Result<SnapshotRecord> {
+    take(repo, &request, None, ahead, ctx).await
 }
 
 /// Takes a snapshot, which may be a copy of another.
@@ -98,12 +108,14 @@ pub(crate) async fn take(
     repo: &Repository,
     request: &SnapshotRequest,
     origin: Option<Origin>,
+    mut ahead: Option<Ahead>,
     ctx: &Context,
 ) -> Result<SnapshotRecord> {
     validate(request)?;
+    let taking = Taking { repo, request, origin, ctx };
     let mut result = Err(Error::Internal("no attempt was made"));
     for _ in 0..ATTEMPTS {
-        result = attempt(repo, request, origin, ctx).await;
+        result = taking.attempt(ahead.take()).await;
         let Err(Error::Lost { .. }) = &result else { break };
         ctx.progress.event(Event::Warning {
             text: "a garbage collection took this snapshot for dead; it starts again",
@@ -135,35 +147,20 @@ fn validate(request: &SnapshotRequest) -> Result<()> {
     Ok(())
 }
 
-async fn attempt(
-    repo: &Repository,
-    request: &SnapshotRequest,
-    origin: Option<Origin>,
-    ctx: &Context,
-) -> Result<SnapshotRecord> {
-    let started = ctx.host.unix_ms();
-    let (relatives, ()) = try_join!(relatives(repo, request), repo.ready_to_write(ctx))?;
-    let ids: Vec<SnapshotId> = relatives.iter().map(|record| record.id).collect();
-    let (mut session, valid) = Session::begin(repo, &ids, ctx).await?;
-    let witnesses = relatives.into_iter().filter(|record| valid.contains(&record.id)).collect();
-    let result = write(repo, request, origin, &mut session, witnesses, started, ctx).await;
-    match result {
-        Ok(record) => Ok(record),
-        Err(error @ Error::Lost { .. }) => Err(error),
-        // A commit whose acknowledgement was lost is a commit all the same.
-        Err(error) => session.abandon().await.ok_or(error),
-    }
-}
-
 /// Snapshots whose chunks may be reused once they are pinned: the parent first.
-async fn relatives(repo: &Repository, request: &SnapshotRequest) -> Result<Vec<SnapshotRecord>> {
+async fn relatives(
+    repo: &Repository,
+    experiment: &Name,
+    run: &Name,
+    parent: Parent,
+) -> Result<Vec<SnapshotRecord>> {
     let mut all = Vec::new();
-    match request.parent {
+    match parent {
         Parent::None => return Ok(all),
         Parent::Snapshot(id) => all.push(repo.find(&SnapshotRef::Id(id)).await?),
         Parent::Auto => {}
     }
-    let others = repo.relatives(&request.experiment, &request.run, MAX_WITNESSES).await;
+    let others = repo.relatives(experiment, run, MAX_WITNESSES).await;
     // A damaged mark costs duplicates, not the snapshot.
     let others = others.or_else(|error| if error.is_damage() { Ok(vec![]) } else { Err(error) })?;
     for record in others {
@@ -175,93 +172,121 @@ async fn relatives(repo: &Repository, request: &SnapshotRequest) -> Result<Vec<S
 }
 
 /// The name of the parent's volume that a source is compared with.
-fn compared_with<'a>(parent: &SnapshotRecord, name: &'a Name, source: &'a dyn Source) -> &'a Name {
-    source.parent_volume(parent.id).unwrap_or(name)
+fn compared_with<'a>(
+    parent: Option<&SnapshotRecord>,
+    name: &'a Name,
+    source: &'a dyn Source,
+) -> &'a Name {
+    parent.and_then(|parent| source.parent_volume(parent.id)).unwrap_or(name)
 }
 
-async fn write(
-    repo: &Repository,
-    request: &SnapshotRequest,
+/// A snapshot that is being taken.
+struct Taking<'a> {
+    repo: &'a Repository,
+    request: &'a SnapshotRequest,
     origin: Option<Origin>,
-    session: &mut Session,
-    witnesses: Vec<SnapshotRecord>,
-    started: u64,
-    ctx: &Context,
-) -> Result<SnapshotRecord> {
-    let parent = witnesses.first();
-    if let Parent::Snapshot(id) = request.parent
-        && parent.is_none_or(|parent| parent.id != id)
-    {
-        // It was purged between finding and pinning it.
-        let (name, within) = (id.to_string(), repo.location());
-        return Err(Error::Unknown { what: "snapshot", name, within, known: vec![] });
-    }
-    let (shunned, ()) =
-        try_join!(repo.quarantined(), session.enter(&request.experiment, &request.run))?;
+    ctx: &'a Context,
+}
 
-    let index = Arc::new(DedupIndex::new(ctx.limits.index_chunks));
-    let known = Known { index, shunned: Arc::new(shunned) };
-    let workers = Workers::start(ctx)?;
-    let mut volumes = Vec::with_capacity(request.volumes.len());
-    let mut fill = Fill::new(repo, &known, &workers, ctx);
-    for (name, source) in &request.volumes {
-        let before = parent.and_then(|parent| {
-            let name = compared_with(parent, name, &**source);
-            Some((parent.id, parent.volume(name)?))
-        });
-        volumes.push(VolumeJob::prepare(&mut fill, source.clone(), before).await?);
-    }
-    let mut others = Vec::new();
-    for record in &witnesses {
-        let is_parent = parent.is_some_and(|parent| parent.id == record.id);
-        let is_prepared = |volume: &&VolumeRecord| {
-            is_parent
-                && request
-                    .volumes
-                    .iter()
-                    .any(|(name, source)| *compared_with(record, name, &**source) == volume.name)
+impl Taking<'_> {
+    async fn attempt(&self, ahead: Option<Ahead>) -> Result<SnapshotRecord> {
+        let Self { repo, ctx, request, .. } = *self;
+        let started = ctx.host.unix_ms();
+        let relatives = relatives(repo, &request.experiment, &request.run, request.parent);
+        let (relatives, ()) = try_join!(relatives, repo.ready_to_write(ctx))?;
+        let ids: Vec<SnapshotId> = relatives.iter().map(|record| record.id).collect();
+        let (mut session, valid) = Session::begin(repo, &ids, ctx).await?;
+        let witnesses: Vec<SnapshotRecord> =
+            relatives.into_iter().filter(|record| valid.contains(&record.id)).collect();
+        let result = async {
+            let past = self.past(&mut session, &witnesses, ahead).await?;
+            self.write(&mut session, witnesses.first(), past, started).await
         };
-        others.extend(record.volumes.iter().filter(|volume| !is_prepared(volume)).cloned());
-    }
-    fill.witnesses(others).await?;
-
-    for (_, source) in &request.volumes {
-        ctx.progress.event(Event::Planned { bytes: source.data_bytes_hint() });
-    }
-    let pipeline = Pipeline::new(repo, session.id(), known, workers, ctx);
-    let written = pipeline.run(volumes).await?;
-    for (_, source) in &request.volumes {
-        source.check_unchanged()?;
+        match result.await {
+            Ok(record) => Ok(record),
+            Err(error @ Error::Lost { .. }) => Err(error),
+            // A commit whose acknowledgement was lost is a commit all the same.
+            Err(error) => session.abandon().await.ok_or(error),
+        }
     }
 
-    let counts = &written.counts;
-    let stats = SnapshotStats {
-        data_bytes: written.roots.iter().map(Child::data_bytes).sum(),
-        new_bytes: counts.new_bytes.load(Ordering::Relaxed),
-        stored_bytes: counts.stored_bytes.load(Ordering::Relaxed),
-        puts: counts.packs.load(Ordering::Relaxed) + session.puts() + 1,
-        elapsed_ms: ctx.host.unix_ms().saturating_sub(started),
-    };
-    let named = request.volumes.iter().zip(&written.roots);
-    let record = SnapshotRecord {
-        id: session.id(),
-        experiment: request.experiment.clone(),
-        run: request.run.clone(),
-        name: request.name.clone(),
-        created: timestamp(ctx),
-        labels: request.labels.clone(),
-        message: request.message.clone(),
-        metadata: request.metadata.clone(),
-        parent: parent.map(|parent| parent.id),
-        origin,
-        volumes: named
-            .map(|((name, source), root)| {
-                VolumeRecord::new(name.clone(), source.len_bytes(), *root)
-            })
-            .collect(),
-        stats,
-    };
-    ctx.check()?;
-    session.commit(record.clone()).await?;
-    Ok(record)
+    /// What is known once the witnesses are pinned. The first of them is the parent.
+    async fn past(
+        &self,
+        session: &mut Session,
+        witnesses: &[SnapshotRecord],
+        ahead: Option<Ahead>,
+    ) -> Result<Past> {
+        let Self { repo, ctx, request, .. } = *self;
+        let parent = witnesses.first();
+        if let Parent::Snapshot(id) = request.parent
+            && parent.is_none_or(|parent| parent.id != id)
+        {
+            // It was purged between finding and pinning it.
+            let (name, within) = (id.to_string(), repo.location());
+            return Err(Error::Unknown { what: "snapshot", name, within, known: vec![] });
+        }
+        let (shunned, ()) =
+            try_join!(repo.quarantined(), session.enter(&request.experiment, &request.run))?;
+        let volumes = request.volumes.iter();
+        let compared: Vec<Name> =
+            volumes.map(|(name, source)| compared_with(parent, name, &**source).clone()).collect();
+        match ahead.and_then(|ahead| ahead.take(witnesses, &compared, &shunned)) {
+            Some(past) => Ok(past),
+            None => Past::read(repo, witnesses, &compared, shunned, ctx).await,
+        }
+    }
+
+    async fn write(
+        &self,
+        session: &mut Session,
+        parent: Option<&SnapshotRecord>,
+        past: Past,
+        started: u64,
+    ) -> Result<SnapshotRecord> {
+        let Self { repo, ctx, request, origin } = *self;
+        let parent = parent.map(|parent| parent.id);
+        for (_, source) in &request.volumes {
+            ctx.progress.event(Event::Planned { bytes: source.data_bytes_hint() });
+        }
+        let Past { known, workers, volumes } = past;
+        let pipeline = Pipeline::new(repo, session.id(), known, workers, ctx);
+        let sources = request.volumes.iter().map(|(_, source)| source.clone());
+        let jobs = sources.zip(volumes).map(|(source, past)| VolumeJob::new(source, parent, past));
+        let written = pipeline.run(jobs.collect()).await?;
+        for (_, source) in &request.volumes {
+            source.check_unchanged()?;
+        }
+
+        let counts = &written.counts;
+        let stats = SnapshotStats {
+            data_bytes: written.roots.iter().map(Child::data_bytes).sum(),
+            new_bytes: counts.new_bytes.load(Ordering::Relaxed),
+            stored_bytes: counts.stored_bytes.load(Ordering::Relaxed),
+            puts: counts.packs.load(Ordering::Relaxed) + session.puts() + 1,
+            elapsed_ms: ctx.host.unix_ms().saturating_sub(started),
+        };
+        let named = request.volumes.iter().zip(&written.roots);
+        let record = SnapshotRecord {
+            id: session.id(),
+            experiment: request.experiment.clone(),
+            run: request.run.clone(),
+            name: request.name.clone(),
+            created: timestamp(ctx),
+            labels: request.labels.clone(),
+            message: request.message.clone(),
+            metadata: request.metadata.clone(),
+            parent,
+            origin,
+            volumes: named
+                .map(|((name, source), root)| {
+                    VolumeRecord::new(name.clone(), source.len_bytes(), *root)
+                })
+                .collect(),
+            stats,
+        };
+        ctx.check()?;
+        session.commit(record.clone()).await?;
+        Ok(record)
+    }
 }

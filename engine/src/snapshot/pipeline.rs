@@ -1,28 +1,27 @@
 //! The stages of a snapshot and the queues between them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::{StreamExt, stream};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::fill::{Fill, Known};
+use super::fill::Known;
 use super::halt::Halt;
 use super::packer::{Buffers, Counts, Packer, upload};
+use super::past::VolumePast;
 use super::worker::{Method, Worker};
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::format::block::BlockRef;
 use crate::format::leaf::Leaf;
 use crate::format::node::Child;
 use crate::id::SnapshotId;
 use crate::index::DedupIndex;
-use crate::record::VolumeRecord;
 use crate::repository::Repository;
 use crate::source::Source;
 use crate::splice::Changes;
-use crate::tree::{self, Segments};
+use crate::tree;
 use crate::workers::Workers;
 
 /// Parent leaves that are read ahead of the workers.
@@ -32,19 +31,13 @@ const LEAVES_AHEAD: usize = 8;
 #[derive(Debug)]
 pub struct VolumeJob {
     source: Arc<dyn Source>,
-    /// The parent's leaves.
-    before: Vec<Child>,
-    /// The parent's nodes.
-    nodes: Vec<BlockRef>,
     /// The parent.
     parent: Option<SnapshotId>,
-    /// The parent's length.
-    before_len: u64,
-    /// The parent's segments of which nothing is known, since what describes them is damaged or set aside.
-    unknown: HashSet<usize>,
+    /// The parent's volume.
+    past: VolumePast,
     /// Leaves of the parent whose chunks the index has already.
     leaves: Mutex<HashMap<usize, Arc<Leaf>>>,
-    /// The parent's manifest is damaged: no node of it may be used again, since equal digests do not make it whole.
+    /// As that of the past, which is found out while the work goes on.
     distrusted: AtomicBool,
 }
 
@@ -67,49 +60,18 @@ pub struct Written {
 }
 
 impl VolumeJob {
-    /// Reads what is needed of the parent.
-    pub async fn prepare(
-        fill: &mut Fill<'_>,
-        source: Arc<dyn Source>,
-        parent: Option<(SnapshotId, &VolumeRecord)>,
-    ) -> Result<Self> {
-        let (segments, before_len) = match parent {
-            Some((_, volume)) => {
-                (tree::segments(fill.repo, volume, fill.ctx).await?, volume.len_bytes)
-            }
-            None => (Segments::default(), 0),
-        };
-        let mut before = segments.leaves;
-        let (leaves, mut unknown) = fill.parent(before_len, &before).await?;
-        let shunned = |node: &BlockRef| fill.known.shunned.contains(&node.pack);
-        let distrusted = !unknown.is_empty()
-            || !segments.unreadable.is_empty()
-            || segments.nodes.iter().any(shunned);
-        for segment in &unknown {
-            if let Some(child) = before.get_mut(*segment) {
-                *child = Child::Zero;
-            }
-        }
-        for part in segments.unreadable {
-            unknown.extend(tree::segments_of(&part.range));
-        }
-        Ok(Self {
-            source,
-            before,
-            nodes: segments.nodes,
-            parent: parent.map(|(parent, _)| parent),
-            before_len,
-            unknown,
-            leaves: Mutex::new(leaves),
-            distrusted: AtomicBool::new(distrusted),
-        })
+    /// A volume with its past, which is that of `parent`.
+    pub fn new(source: Arc<dyn Source>, parent: Option<SnapshotId>, mut past: VolumePast) -> Self {
+        let leaves = Mutex::new(std::mem::take(&mut past.leaves));
+        let distrusted = AtomicBool::new(past.distrusted);
+        Self { source, parent, past, leaves, distrusted }
     }
 
     fn jobs(&self, volume: usize) -> impl Iterator<Item = Job> {
         (0..tree::segment_count(self.source.len_bytes())).map(move |segment| Job {
             volume,
             segment,
-            before: self.before.get(segment).copied().unwrap_or(Child::Zero),
+            before: self.past.children.get(segment).copied().unwrap_or(Child::Zero),
             method: Method::Scan(None),
         })
     }
@@ -123,8 +85,8 @@ impl VolumeJob {
     /// What the source says has changed in a segment since the parent; None where that is not known.
     async fn changes(&self, segment: usize, ctx: &Context) -> Result<Option<Changes>> {
         let range = tree::segment_range(self.source.len_bytes(), segment);
-        let is_known = range == tree::segment_range(self.before_len, segment)
-            && !self.unknown.contains(&segment);
+        let is_known = range == tree::segment_range(self.past.len_bytes, segment)
+            && !self.past.unknown.contains(&segment);
         let Some(parent) = self.parent.filter(|_| is_known) else { return Ok(None) };
         let (source, asked) = (self.source.clone(), range.clone());
         let ask = move || source.changed(asked, parent);
@@ -155,7 +117,7 @@ impl VolumeJob {
             job.method = Method::from_changes(kept, changes);
             return Ok(job);
         }
-        let range = tree::segment_range(self.before_len, job.segment);
+        let range = tree::segment_range(self.past.len_bytes, job.segment);
         match tree::read_leaf(&pipeline.repo, &block, range.end - range.start).await {
             Ok(leaf) => {
                 let leaf = Arc::new(leaf);
@@ -382,7 +344,7 @@ impl Stage<'_> {
             let children = leaves.into_inner().unwrap_or_else(PoisonError::into_inner);
             let mut write = |kind, block: &[u8], digest| self.packer.add_block(kind, block, digest);
             let trusted = !volume.distrusted.load(Ordering::Relaxed);
-            let known = if trusted { volume.nodes.as_slice() } else { &[] };
+            let known = if trusted { volume.past.nodes.as_slice() } else { &[] };
             roots.push(tree::build(children, known, &mut write)?);
         }
         self.packer.finish()?;

@@ -6,6 +6,7 @@
     reason = "in tests a panic is the right way to fail"
 )]
 
+mod ahead;
 mod collect;
 mod compact;
 mod copy;

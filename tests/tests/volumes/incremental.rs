@@ -23,7 +23,7 @@ use petra_tests::volume::noise;
 use petra_volume::copy_source::CopySource;
 use petra_volume::extents::{ExtentMap, differing};
 use petra_volume::pool::Filesystem;
-use petra_volume::snapshot::take;
+use petra_volume::snapshot::{read_ahead, take};
 use petra_volume::{BackendKind, Volume};
 use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
@@ -164,7 +164,10 @@ async fn compare(
     restored: bool,
 ) -> Option<u64> {
     let base = volume.state().unwrap().base;
-    let mut taken = take(&lab.pool, &group(&[volume])).unwrap();
+    let group = group(&[volume]);
+    let ahead = read_ahead(&lab.pool, &group, &to.incremental, &context()).await.unwrap();
+    let mut taken = take(&lab.pool, &group).unwrap();
+    taken.upload.set_ahead(ahead);
     let copy = volume.copy_image(taken.upload.state().volumes[0].copy);
     let full = FileSource::open(&copy).unwrap();
     let changed = base.filter(|base| base.repository == to.incremental.config().id).map(|base| {

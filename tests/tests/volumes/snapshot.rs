@@ -15,12 +15,13 @@ use petra_engine::url::Item;
 use petra_engine::{Repository, SnapshotId};
 use petra_tests::lab::{context, init, name, verify_all};
 use petra_tests::pool::{TestPool, hash};
+use petra_tests::recording::{Operation, Recording};
 use petra_tests::volume::noise;
 use petra_volume::freeze::GuardCommand;
 use petra_volume::pool::{Filesystem, Recovered};
 use petra_volume::snapshot::{
     GroupRequest, Hook, MAX_ATTEMPTS, Target, Upload, UploadState, discard, is_being_done, pending,
-    resolve, take,
+    read_ahead, resolve, take,
 };
 use petra_volume::{BackendKind, Error, Volume};
 
@@ -403,5 +404,43 @@ async fn volumes_that_change_names_are_read_anew() {
     for (number, volume) in [&a, &b].into_iter().enumerate() {
         let copy = volume.state().unwrap().base.unwrap().copy;
         check(&lab, &repo, record.id, number, &volume.copy_image(copy)).await;
+    }
+}
+
+/// What the volumes of a group are compared with is known before their copies are taken, whatever they are called.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_past_of_a_group_is_read_ahead() {
+    let Some(lab) = TestPool::new(BackendKind::Btrfs) else { return };
+    let volumes = ["a", "b", "c"].map(|name| lab.create(name, 8 * MIB, Filesystem::Raw));
+    let write = |volume: &Volume, seed, offset| {
+        let image = fs::OpenOptions::new().write(true).open(volume.image()).unwrap();
+        image.write_all_at(&noise(seed, 1 << 20), offset).unwrap();
+    };
+    for (seed, volume) in (1..).zip(&volumes) {
+        write(volume, seed, 0);
+    }
+    let store = Recording::new(Arc::new(MemoryStore::new()));
+    let repo = init(store.clone()).await;
+    let [a, b, c] = &volumes;
+    take(&lab.pool, &group(&[a, b])).unwrap().upload.run(&repo, &context()).await.unwrap();
+    // One has another name in the snapshot from now on, one has no past, and one has another one.
+    take(&lab.pool, &group(&[c])).unwrap().upload.run(&repo, &context()).await.unwrap();
+    let names = [("a", "z"), ("b", "b"), ("c", "c")];
+    for volumes in [&names[..2], &names[..], &names[1..]] {
+        let named = volumes.iter().map(|(volume, as_name)| (name(volume), name(as_name)));
+        let request = GroupRequest { volumes: named.collect(), ..group(&[]) };
+        write(b, fastrand::u64(..), 2 * MIB);
+        let ahead = read_ahead(&lab.pool, &request, &repo, &context()).await.unwrap();
+        let mut taken = take(&lab.pool, &request).unwrap();
+        taken.upload.set_ahead(ahead);
+        store.reset();
+        let record = taken.upload.run(&repo, &context()).await.unwrap();
+        let read = store.log().iter().filter(|c| c.is(Operation::GetRange, "packs/")).count();
+        assert_eq!(read, 0, "{volumes:?}");
+        for (number, (volume, _)) in volumes.iter().enumerate() {
+            let volume = lab.pool.volume(&name(volume)).unwrap();
+            let copy = volume.state().unwrap().base.unwrap().copy;
+            check(&lab, &repo, record.id, number, &volume.copy_image(copy)).await;
+        }
     }
 }

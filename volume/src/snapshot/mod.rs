@@ -1,6 +1,7 @@
 //! Snapshots of volumes of a pool: one point in time of one or more of them, and its way to a repository.
 //!
 //! ```text
+//! ahead    beside it: read what they will be compared with
 //! take     lock -> begin copies -> hook -> sync, freeze -> finish copies -> thaw -> hook -> note the upload -> keep copies
 //! upload   open copies, with the copies before them -> engine -> commit -> copies become bases -> forget the upload
 //! ```
@@ -16,12 +17,14 @@
 //! | after nobody wants it ([`discard`]) | an upload with a note that says so | the next one gives it up |
 //! | before all copies are bases | an upload that is committed | the next one does the rest |
 
+mod ahead;
 mod hook;
 mod resolve;
 mod state;
 mod take;
 mod upload;
 
+pub use ahead::read_ahead;
 pub use hook::Hook;
 pub use resolve::{MAX_ATTEMPTS, resolve};
 pub use state::{Target, UploadState, UploadVolume, upload_state};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use petra_engine::context::Host;
 use petra_engine::record::SnapshotRecord;
 use petra_engine::session::Session;
-use petra_engine::snapshot::{Parent, SnapshotRequest, snapshot};
+use petra_engine::snapshot::{Ahead, Parent, SnapshotRequest, snapshot, snapshot_after};
 use petra_engine::source::Source;
 use petra_engine::{Context, Error as EngineError, Name, Repository, SnapshotId, SnapshotRef};
 
@@ -49,6 +49,7 @@ const MOST_THREADS: usize = 16;
 pub struct Upload {
     pool: Pool,
     state: UploadState,
+    ahead: Option<Ahead>,
     _lock: Lock,
 }
 
@@ -119,7 +120,7 @@ pub fn discard(pool: &Pool, id: SnapshotId) -> Result<()> {
 
 impl Upload {
     pub(super) fn new(pool: &Pool, state: UploadState, lock: Lock) -> Self {
-        Self { pool: pool.clone(), state, _lock: lock }
+        Self { pool: pool.clone(), state, ahead: None, _lock: lock }
     }
 
     /// Takes an upload to go on with it. Errors: [`Error::Busy`] while someone works on it, [`Error::Unknown`].
@@ -152,6 +153,11 @@ impl Upload {
                 Err(unknown(pool, "upload", id))
             }
         }
+    }
+
+    /// Gives it what was read ahead for it ([`read_ahead`](super::read_ahead)).
+    pub fn set_ahead(&mut self, ahead: Ahead) {
+        self.ahead = Some(ahead);
     }
 
     /// Its id.
@@ -268,7 +274,8 @@ impl Upload {
         });
         let mut ctx = Context { host: host.clone(), cancel, ..ctx.clone() };
         ctx.limits.threads = threads(ctx.limits.threads);
-        let taken = match snapshot(repo, request.clone(), &ctx).await {
+        let ahead = self.ahead.take();
+        let taken = match snapshot_after(ahead, repo, request.clone(), &ctx).await {
             // The parent was purged. What has changed since is not known then.
             Err(EngineError::Unknown { .. }) if parent.is_some() => {
                 snapshot(repo, SnapshotRequest { parent: Parent::Auto, ..request }, &ctx).await
@@ -332,7 +339,7 @@ impl Upload {
 
 /// How many threads to use where so many have work. A copy is read past the page cache, where nothing is read ahead, so
 /// that each of them waits for the disk for half of the time.
-fn threads(busy: usize) -> usize {
+pub(super) fn threads(busy: usize) -> usize {
     (2 * busy).min(MOST_THREADS).max(busy)
 }
 
