@@ -32,8 +32,8 @@ pub const END_MAGIC: &[u8; 8] = b"petraend";
 pub const HEADER_BYTES: usize = 16;
 /// Bytes after the footer.
 pub const TRAILER_BYTES: usize = 44;
-/// A pack is complete when its body reaches this size: large enough for few requests, small enough to hold some
-/// in memory and to send in one request.
+/// A pack is complete when its body reaches this size, or before: large enough for few requests, small enough to hold
+/// some in memory and to send in one request.
 pub const TARGET_BYTES: usize = 32 << 20;
 
 /// What a pack holds.
@@ -119,7 +119,8 @@ impl PackBuilder {
         self.len() >= TARGET_BYTES
     }
 
-    fn len(&self) -> usize {
+    /// Its bytes so far.
+    pub fn len(&self) -> usize {
         self.bytes.len() - self.start
     }
 

@@ -20,6 +20,9 @@ use crate::key::Key;
 use crate::progress::Event;
 use crate::repository::Repository;
 
+/// A data pack is not sent with fewer bytes, but for the last one.
+const LEAST_BYTES: usize = 8 << 20;
+
 /// What a session has written so far.
 #[derive(Debug, Default)]
 pub struct Counts {
@@ -45,13 +48,31 @@ impl Buffers {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // One is filled while others are on their way: more are never needed at one time.
         if let Ok(mut bytes) = bytes.try_into_mut()
-            && bytes.len() >= TARGET_BYTES / 2
             && kept.len() < 2
         {
             // Else they would be moved to the front.
             bytes.clear();
             kept.push(bytes.into());
         }
+    }
+}
+
+/// The pack of one kind that grows.
+#[derive(Debug, Default)]
+struct Open {
+    pack: Option<PackBuilder>,
+    /// Bytes of those of this kind that were complete before.
+    sent_bytes: u64,
+}
+
+impl Open {
+    /// Takes the pack when it is large enough to be sent: a quarter of all there is by then. So the store has something to
+    /// do from early on, and little is left for it when the last chunk was read; and whoever writes much has few packs.
+    fn take_full(&mut self) -> Option<PackBuilder> {
+        let least = (self.sent_bytes / 3).clamp(LEAST_BYTES as u64, TARGET_BYTES as u64);
+        let full = self.pack.take_if(|pack| pack.len() as u64 >= least);
+        self.sent_bytes += full.as_ref().map_or(0, |pack| pack.len() as u64);
+        full
     }
 }
 
@@ -64,8 +85,8 @@ pub struct Packer {
     ctx: Context,
     next_number: AtomicU32,
     buffers: Arc<Buffers>,
-    data: Mutex<Option<PackBuilder>>,
-    manifest: Mutex<Option<PackBuilder>>,
+    data: Mutex<Open>,
+    manifest: Mutex<Open>,
     complete: mpsc::Sender<PackBuilder>,
 }
 
@@ -112,12 +133,12 @@ impl Packer {
 
     fn add<T>(
         &self,
-        slot: &Mutex<Option<PackBuilder>>,
+        slot: &Mutex<Open>,
         kind: PackKind,
         append: impl FnOnce(&mut PackBuilder) -> T,
     ) -> Result<T> {
         let mut open = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        let pack = open.get_or_insert_with(|| {
+        let pack = open.pack.get_or_insert_with(|| {
             let number = self.next_number.fetch_add(1, Ordering::Relaxed);
             let id = PackId { session: self.session, number };
             let buffer = if kind == PackKind::Data { self.buffers.take() } else { None };
@@ -127,7 +148,7 @@ impl Packer {
             )
         });
         let added = append(pack);
-        let full = if pack.is_full() { open.take() } else { None };
+        let full = open.take_full();
         drop(open);
         full.map_or(Ok(()), |pack| self.send(pack))?;
         Ok(added)
@@ -136,7 +157,7 @@ impl Packer {
     /// Sends what is still open.
     pub fn finish(&self) -> Result<()> {
         for slot in [&self.data, &self.manifest] {
-            let open = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let open = slot.lock().unwrap_or_else(PoisonError::into_inner).pack.take();
             open.map_or(Ok(()), |pack| self.send(pack))?;
         }
         Ok(())
@@ -213,5 +234,28 @@ fn settle(
         Some(Err(error)) if error.is_cancelled() => {}
         Some(Err(_)) => halt.fail(Error::Internal("a task that stores packs panicked")),
         None => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::frame;
+
+    #[test]
+    fn packs_grow_with_what_was_sent_before() {
+        let session = SnapshotId::from_parts(1, 2);
+        let frame = vec![7; frame::TARGET_BYTES];
+        let (mut open, mut sizes) = (Open::default(), Vec::new());
+        for _ in 0..256 {
+            let new = || {
+                let id = PackId { session, number: 0 };
+                PackBuilder::new(id, PackKind::Data, &Keys::none())
+            };
+            open.pack.get_or_insert_with(new).add_frame(&frame, [frame.len() as u32].into_iter());
+            sizes.extend(open.take_full().map(|pack| pack.len() >> 20));
+        }
+        assert_eq!(sizes, [8, 8, 8, 8, 11, 15, 20, 27, 32, 32, 32, 32]);
+        assert!(open.pack.is_some_and(|pack| pack.len() < LEAST_BYTES * 4));
     }
 }
