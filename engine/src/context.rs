@@ -77,7 +77,7 @@ pub struct Limits {
     pub threads: usize,
     /// Requests to the store at one time.
     pub requests: usize,
-    /// Packs that are complete and on their way to the store (each of pack size in memory).
+    /// Packs that are complete and on their way to the store, of the largest size: more of smaller ones.
     pub packs_in_flight: usize,
     /// Chunks the deduplication index remembers (about 80 bytes each).
     pub index_chunks: usize,

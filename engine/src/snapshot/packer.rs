@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::crypto::{Keys, Piece};
 use crate::error::{Error, Result};
 use crate::format::block::{BlockKind, BlockRef};
-use crate::format::frame::FrameLocation;
+use crate::format::frame::{self, FrameLocation};
 use crate::format::pack::{PackBuilder, PackKind, TARGET_BYTES};
 use crate::id::{Digest, PackId, SnapshotId};
 use crate::key::Key;
@@ -22,6 +22,8 @@ use crate::repository::Repository;
 
 /// A data pack is not sent with fewer bytes, but for the last one.
 const LEAST_BYTES: usize = 8 << 20;
+/// What the largest data pack has, but for its footer.
+const MAX_DATA_BYTES: u64 = (TARGET_BYTES + frame::TARGET_BYTES) as u64;
 
 /// What a session has written so far.
 #[derive(Debug, Default)]
@@ -181,7 +183,8 @@ impl Packer {
     }
 }
 
-/// Stores complete packs, `packs_in_flight` at a time, until all are acknowledged.
+/// Stores complete packs until all are acknowledged: as many at a time as take no more memory than `packs_in_flight` of the
+/// largest.
 pub async fn upload(
     repo: Repository,
     mut complete: mpsc::Receiver<PackBuilder>,
@@ -190,10 +193,14 @@ pub async fn upload(
     halt: Arc<Halt>,
     ctx: Context,
 ) {
-    let mut puts: JoinSet<Result<u64>> = JoinSet::new();
+    let mut puts: JoinSet<(u64, Result<()>)> = JoinSet::new();
+    let mut in_flight_bytes = 0;
+    let beside_one = ctx.limits.packs_in_flight.saturating_sub(1) as u64 * MAX_DATA_BYTES;
     loop {
-        while puts.len() >= ctx.limits.packs_in_flight.max(1) {
-            settle(puts.join_next().await, &counts, &halt, &ctx);
+        while in_flight_bytes > beside_one
+            && let Some(put) = puts.join_next().await
+        {
+            in_flight_bytes -= settle(put, &counts, &halt, &ctx);
         }
         let pack = tokio::select! {
             biased;
@@ -201,46 +208,54 @@ pub async fn upload(
             pack = complete.recv() => pack,
         };
         let Some(pack) = pack else { break };
+        let (id, bytes) = pack.finish();
+        let len = bytes.len() as u64;
+        in_flight_bytes += len;
         let (store, buffers) = (repo.shared_store(), buffers.clone());
         puts.spawn(async move {
-            let (id, bytes) = pack.finish();
-            let len = bytes.len() as u64;
-            store.put(&Key::pack(id), bytes.clone()).await?;
+            let put = store.put(&Key::pack(id), bytes.clone()).await;
             buffers.give(bytes);
-            Ok(len)
+            (len, put.map_err(Error::from))
         });
     }
     if halt.is_set() {
         puts.abort_all();
     }
     while let Some(put) = puts.join_next().await {
-        settle(Some(put), &counts, &halt, &ctx);
+        settle(put, &counts, &halt, &ctx);
     }
 }
 
+/// Takes note of how a request ended, and gives the bytes of its pack: 0 after a panic, which ends all.
 fn settle(
-    put: Option<Result<Result<u64>, tokio::task::JoinError>>,
+    put: Result<(u64, Result<()>), tokio::task::JoinError>,
     counts: &Counts,
     halt: &Halt,
     ctx: &Context,
-) {
+) -> u64 {
     match put {
-        Some(Ok(Ok(len))) => {
+        Ok((len, Ok(()))) => {
             counts.packs.fetch_add(1, Ordering::Relaxed);
             counts.stored_bytes.fetch_add(len, Ordering::Relaxed);
             ctx.progress.event(Event::Stored { bytes: len });
+            len
         }
-        Some(Ok(Err(error))) => halt.fail(error),
-        Some(Err(error)) if error.is_cancelled() => {}
-        Some(Err(_)) => halt.fail(Error::Internal("a task that stores packs panicked")),
-        None => {}
+        Ok((len, Err(error))) => {
+            halt.fail(error);
+            len
+        }
+        Err(error) => {
+            if !error.is_cancelled() {
+                halt.fail(Error::Internal("a task that stores packs panicked"));
+            }
+            0
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::frame;
 
     #[test]
     fn packs_grow_with_what_was_sent_before() {
