@@ -148,12 +148,12 @@ impl Repository {
 
     /// Those of some snapshots that are not purged.
     pub(crate) async fn unpurged(&self, snapshots: &[SnapshotId]) -> Result<Vec<SnapshotId>> {
-        let mut unpurged = Vec::with_capacity(snapshots.len());
-        for id in snapshots {
-            if self.last_mark(*id).await?.is_none_or(|state| state.mark != MarkKind::Purge) {
-                unpurged.push(*id);
-            }
-        }
+        let marks = snapshots.iter().copied().map(|id| self.last_mark(id));
+        let marks: Vec<_> = stream::iter(marks).buffered(READS).try_collect().await?;
+        let is_purged =
+            |mark: Option<MarkState>| mark.is_some_and(|state| state.mark == MarkKind::Purge);
+        let unpurged = snapshots.iter().zip(marks).filter(|(_, mark)| !is_purged(*mark));
+        let mut unpurged: Vec<SnapshotId> = unpurged.map(|(id, _)| *id).collect();
         // The graves come last: a mark that was gone already is in one.
         let graves = self.graves().await?;
         unpurged.retain(|id| !graves.contains(*id));
