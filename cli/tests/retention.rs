@@ -124,7 +124,7 @@ fn an_endpoint_without_conditional_writes() {
     let why = "does not keep create-if-absent: of 8 creates of one object 8 won";
     petra.fails(&format!("init {}", at("a")), 2, &[why, "petra init --single-writer"]);
     let done = petra.run(&format!("init --single-writer {}", at("a")));
-    assert!(done.stderr.contains("only one process may write"), "{}", done.stderr);
+    assert!(done.stderr.contains("only one process may change"), "{}", done.stderr);
     petra.ok(&format!("snapshot a.img {}#iris/run-1 --name a", at("a")));
     let info = petra.ok(&format!("info {}", at("a")));
     assert!(info.contains("one at a time"), "{info}");

@@ -79,7 +79,7 @@ pub struct Limits {
     pub requests: usize,
     /// Packs that are complete and on their way to the store, of the largest size: more of smaller ones.
     pub packs_in_flight: usize,
-    /// Chunks the deduplication index remembers (about 80 bytes each).
+    /// Chunks the deduplication index remembers (some 60 bytes each, with the leaves that it keeps for them).
     pub index_chunks: usize,
 }
 

@@ -82,8 +82,8 @@ impl Init {
         session.out.report(&document, || format!("{url}\n"))?;
         if self.single_writer {
             session.out.say(
-                "only one process may write at any time: snapshot, rm, undelete, prune, policy or gc; \
-                 any number may read",
+                "only one process may change the repository at any time: snapshots, copies, deletions, policies, \
+                 keys, gc, repair; any number may read",
             );
         }
         let run = if url.experiment().is_some() { "/RUN" } else { "#EXPERIMENT/RUN" };
