@@ -1,6 +1,7 @@
 //! Marks: deleting snapshots, which of them can come back, and bringing them back (docs/protocol.md, "Deleter").
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt, stream};
@@ -143,17 +144,26 @@ impl Repository {
     /// True when the data of a snapshot may be gone: a Purge mark is there, which is always the last one, or was
     /// removed with all else of the snapshot.
     pub(crate) async fn is_purged(&self, id: SnapshotId) -> Result<bool> {
-        Ok(self.unpurged(&[id]).await?.is_empty())
+        let is_marked =
+            self.last_mark(id).await?.is_some_and(|state| state.mark == MarkKind::Purge);
+        // The graves come last: a mark that was gone already is in one.
+        Ok(is_marked || self.graves().await?.contains(id))
     }
 
-    /// Those of some snapshots that are not purged.
+    /// Those of some snapshots that are not purged. One whose last mark can't be read is not among them: it is not known.
     pub(crate) async fn unpurged(&self, snapshots: &[SnapshotId]) -> Result<Vec<SnapshotId>> {
-        let marks = snapshots.iter().copied().map(|id| self.last_mark(id));
-        let marks: Vec<_> = stream::iter(marks).buffered(READS).try_collect().await?;
-        let is_purged =
-            |mark: Option<MarkState>| mark.is_some_and(|state| state.mark == MarkKind::Purge);
-        let unpurged = snapshots.iter().zip(marks).filter(|(_, mark)| !is_purged(*mark));
-        let mut unpurged: Vec<SnapshotId> = unpurged.map(|(id, _)| *id).collect();
+        let marks =
+            snapshots.iter().copied().map(|id| async move { (id, self.last_mark(id).await) });
+        let mut marks = pin!(stream::iter(marks).buffered(READS));
+        let mut unpurged = Vec::with_capacity(snapshots.len());
+        while let Some((id, mark)) = marks.next().await {
+            match mark {
+                Ok(Some(state)) if state.mark == MarkKind::Purge => {}
+                Ok(_) => unpurged.push(id),
+                Err(error) if error.is_unreadable() => {}
+                Err(error) => return Err(error),
+            }
+        }
         // The graves come last: a mark that was gone already is in one.
         let graves = self.graves().await?;
         unpurged.retain(|id| !graves.contains(*id));

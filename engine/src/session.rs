@@ -39,15 +39,26 @@ impl Session {
         if witnesses.is_empty() {
             return Ok((session, vec![]));
         }
-        let (stamp, snapshots) = (stamp(ctx), witnesses.to_vec());
+        match session.pin(witnesses).await {
+            Ok(valid) => Ok((session, valid)),
+            Err(error) => {
+                session.unpin().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Pins snapshots, and gives those that hold.
+    async fn pin(&mut self, snapshots: &[SnapshotId]) -> Result<Vec<SnapshotId>> {
+        let (stamp, snapshots) = (stamp(&self.ctx), snapshots.to_vec());
         let pin = Pin { stamp, owner: PinOwner::Session, snapshots, metadata: [].into() };
-        let key = Key::pin(id, 0);
-        repo.store().put(&key, repo.seal(kind::PIN, &key, &pin)?).await?;
-        session.pinned = true;
-        session.puts += 1;
+        let key = Key::pin(self.id, 0);
+        // Even if the answer is lost.
+        self.pinned = true;
+        self.repo.store().put(&key, self.repo.seal(kind::PIN, &key, &pin)?).await?;
+        self.puts += 1;
         // Only now: a Purge that comes later finds the pin.
-        let valid = repo.unpurged(witnesses).await?;
-        Ok((session, valid))
+        self.repo.unpurged(&pin.snapshots).await
     }
 
     /// The session's id, which its snapshot will have.
