@@ -69,8 +69,13 @@ pub(super) async fn compact(
 }
 
 /// The packs with the largest share of garbage, as many as it takes to come below the allowed waste.
-fn choose(view: &View, inventory: &Inventory, options: &CollectOptions, damaged: u64) -> Victims {
-    let mut victims = Victims::new(BATCH_PIECES);
+fn choose<'a>(
+    view: &View,
+    inventory: &'a Inventory,
+    options: &CollectOptions,
+    damaged: u64,
+) -> Victims<'a> {
+    let mut victims = Victims::new(BATCH_PIECES, inventory);
     // Damage was found by the last batch, and would be again.
     let Some(percent) = options.max_waste_percent.filter(|_| damaged == 0) else { return victims };
     let waste = |pack: &StoredPack| pack.len - pack.needed.min(pack.len);
@@ -122,20 +127,21 @@ impl Wanted {
 }
 
 /// The packs of one batch.
-struct Victims {
+struct Victims<'a> {
     packs: BTreeMap<PackId, Wanted>,
     /// What they have together.
     pieces: usize,
     most: usize,
+    stored: &'a Inventory,
 }
 
-impl Victims {
-    fn new(most: usize) -> Self {
-        Self { packs: BTreeMap::new(), pieces: 0, most }
+impl<'a> Victims<'a> {
+    fn new(most: usize, stored: &'a Inventory) -> Self {
+        Self { packs: BTreeMap::new(), stored, pieces: 0, most }
     }
 }
 
-impl Needed for Victims {
+impl Needed for Victims<'_> {
     fn need(&mut self, piece: Piece) {
         let Some(wanted) = self.packs.get_mut(&piece.pack()) else { return };
         let is_new = match piece {
@@ -157,9 +163,8 @@ impl Needed for Victims {
         }
     }
 
-    fn knows(&self, _pack: PackId) -> bool {
-        // The walk before this one asked.
-        true
+    fn knows(&self, pack: PackId) -> bool {
+        self.stored.has(pack)
     }
 }
 
@@ -168,7 +173,7 @@ async fn copy(
     repo: &Repository,
     view: &View,
     session: SnapshotId,
-    mut victims: Victims,
+    mut victims: Victims<'_>,
     report: &mut CollectReport,
     ctx: &Context,
 ) -> Result<bool> {
@@ -520,7 +525,8 @@ mod tests {
     #[test]
     fn a_batch_has_no_more_pieces_than_fit_in_memory() {
         let pack = |number| PackId { session: SnapshotId::from_parts(1, 1), number };
-        let mut victims = Victims::new(10);
+        let stored = Inventory::of(vec![]);
+        let mut victims = Victims::new(10, &stored);
         victims.packs.extend((0..4).map(|number| (pack(number), Wanted::default())));
         for n in 0..40 {
             let location =

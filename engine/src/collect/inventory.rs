@@ -48,7 +48,7 @@ impl Inventory {
         Ok(Self::of(packs))
     }
 
-    fn of(mut packs: Vec<(PackId, u32)>) -> Self {
+    pub fn of(mut packs: Vec<(PackId, u32)>) -> Self {
         packs.sort_unstable();
         packs.shrink_to_fit();
         let longest = packs.iter().map(|(_, len)| *len).max().unwrap_or(0);

@@ -1,7 +1,10 @@
 //! From the roots to every piece of a pack that they need.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::pin::pin;
 use std::sync::Arc;
+
+use futures::{StreamExt, stream};
 
 use super::inventory::Inventory;
 use super::view::View;
@@ -10,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::block::{BlockKind, BlockRef};
 use crate::format::frame::FrameLocation;
 use crate::format::leaf::Leaf;
-use crate::format::node::Child;
+use crate::format::node::{self, Child, FAN_OUT};
 use crate::format::relocation::Relocation;
 use crate::id::{ChunkId, PackId, SnapshotId};
 use crate::key::Key;
@@ -96,6 +99,37 @@ impl Needed for Inventory {
     }
 }
 
+/// A manifest block to go on from, and its position among those of its level.
+type Place = (usize, BlockRef);
+
+/// What came of the blocks of one level, by position. A position that has several places, since it was copied, is lost only if
+/// none of them leads on.
+#[derive(Debug, Default)]
+struct Level {
+    found: HashSet<usize>,
+    lost: BTreeMap<usize, Error>,
+}
+
+impl Level {
+    /// Goes on past what is missing.
+    fn past<T>(&mut self, position: usize, result: Result<T>) -> Result<Option<T>> {
+        match result {
+            Ok(found) => Ok(Some(found)),
+            Err(error @ Error::Missing { .. }) => {
+                self.lost.insert(position, error);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The first position that is lost.
+    fn missing(self) -> Option<Error> {
+        let Self { found, lost } = self;
+        lost.into_iter().find(|(position, _)| !found.contains(position)).map(|(_, error)| error)
+    }
+}
+
 /// A walk over all roots of a view.
 pub(super) struct Walk<'a> {
     repo: &'a Repository,
@@ -119,19 +153,22 @@ impl<'a> Walk<'a> {
     /// walked: start over.
     pub async fn run(mut self, needed: &mut dyn Needed) -> Result<Option<BTreeSet<PackId>>> {
         for root in &self.view.roots {
-            match self.root(&root.volumes, needed).await {
-                Ok(()) => {}
+            let mut missing = None;
+            for volume in &root.volumes {
+                missing = missing.or(self.volume(volume, needed).await?);
+            }
+            let Some(error) = missing else { continue };
+            if root.purged {
                 // 8: a pin that came after the purge holds nothing, and nobody relies on it. But a pin that held does
-                // so until its owner is decided: what the owner's snapshot uses must not go with the rest.
-                Err(Error::Missing { .. }) if root.purged => {
-                    if self.was_let_go(root.id).await? {
-                        return Ok(None);
-                    }
-                }
-                Err(Error::Missing { .. }) if self.is_purged_by_now(root.id).await? => {
+                // so until its owner is decided: what the owner's snapshot uses must not go with the rest. Nor must what
+                // is left of a snapshot that a clone reads, when a part of it is lost.
+                if self.was_let_go(root.id).await? {
                     return Ok(None);
                 }
-                Err(error) => return Err(error),
+            } else if self.is_purged_by_now(root.id).await? {
+                return Ok(None);
+            } else {
+                return Err(error);
             }
         }
         Ok(Some(self.moved))
@@ -154,73 +191,144 @@ impl<'a> Walk<'a> {
         self.repo.is_purged(snapshot).await
     }
 
-    async fn root(&mut self, volumes: &[VolumeRecord], needed: &mut dyn Needed) -> Result<()> {
-        for volume in volumes {
-            // The root's own pack counts even if it can't be read.
-            if let Some(root) = volume.root {
-                self.settle(Piece::Block(BlockKind::Node, root.into()), needed).await?;
-            }
-            let segments = tree::segments(self.repo, volume, self.ctx).await?;
-            if let Some(unreadable) = segments.unreadable.into_iter().next() {
-                return Err(unreadable.error);
-            }
-            for node in segments.nodes {
-                self.settle(Piece::Block(BlockKind::Node, node), needed).await?;
-            }
-            let mut fresh = Vec::new();
-            for (segment, child) in segments.leaves.into_iter().enumerate() {
-                let Child::Block { block, .. } = child else { continue };
-                if !self.walked.contains(&(block.pack, block.offset)) {
-                    self.settle(Piece::Block(BlockKind::Leaf, block), needed).await?;
-                    fresh.push((segment, child));
-                }
-            }
-            for batch in fresh.chunks(tree::BATCH_SEGMENTS) {
-                self.ctx.check()?;
-                let leaves = tree::leaves(
-                    self.repo,
-                    volume.len_bytes,
-                    batch.to_vec(),
-                    &self.workers,
-                    self.ctx,
-                )
+    /// Walks one volume. Gives the first part that is missing, after all the rest was walked.
+    async fn volume(
+        &mut self,
+        volume: &VolumeRecord,
+        needed: &mut dyn Needed,
+    ) -> Result<Option<Error>> {
+        let (root, top) = volume.root();
+        let mut missing = None;
+        let mut blocks = Vec::new();
+        if let Child::Block { block, .. } = root {
+            blocks.push((0, block));
+        }
+        for height in (1..=top).rev() {
+            let mut level = Level::default();
+            let nodes = self.places(BlockKind::Node, blocks, needed, &mut level).await?;
+            blocks = self.children(volume.len_bytes, height, nodes, &mut level).await?;
+            missing = missing.or(level.missing());
+        }
+        let mut level = Level::default();
+        let leaves = self.places(BlockKind::Leaf, blocks, needed, &mut level).await?;
+        for batch in leaves.chunks(tree::BATCH_SEGMENTS) {
+            self.ctx.check()?;
+            let child = |(segment, block): &Place| {
+                (*segment, Child::Block { block: *block, data_bytes: 0 })
+            };
+            let children = batch.iter().map(child).collect();
+            let read = tree::leaves(self.repo, volume.len_bytes, children, &self.workers, self.ctx)
                 .await?;
-                for ((_, child), (_, leaf)) in batch.iter().zip(leaves) {
-                    if let Some(leaf) = leaf? {
-                        self.leaf(&leaf, needed).await?;
-                    }
-                    // Only now: where the walk ends early, other roots must still go through the rest.
-                    if let Child::Block { block, .. } = child {
-                        self.walked.insert((block.pack, block.offset));
-                    }
+            for ((segment, block), (_, leaf)) in batch.iter().zip(read) {
+                let Some(leaf) = level.past(*segment, leaf)? else { continue };
+                let Some(leaf) = leaf else { continue };
+                let all = self.leaf(&leaf, needed).await;
+                if level.past(*segment, all)?.is_some() {
+                    level.found.insert(*segment);
+                    // Else other roots must still go through it, and find that something is missing.
+                    self.walked.insert((block.pack, block.offset));
                 }
             }
         }
-        Ok(())
+        Ok(missing.or(level.missing()))
     }
 
+    /// Notes blocks as needed where they are now, and gives the places to go on from, but for leaves that were walked.
+    ///
+    /// A repair puts another block of the same content in the place of one that is lost, which may lead to other packs. If the
+    /// lost one is there again, readers go by it until it is deleted: then both lead on.
+    async fn places(
+        &mut self,
+        kind: BlockKind,
+        blocks: Vec<Place>,
+        needed: &mut dyn Needed,
+        level: &mut Level,
+    ) -> Result<Vec<Place>> {
+        let mut places = Vec::with_capacity(blocks.len());
+        for (position, block) in blocks {
+            self.ctx.check()?;
+            if self.walked.contains(&(block.pack, block.offset)) {
+                level.found.insert(position);
+                continue;
+            }
+            let settled = self.settle(Piece::Block(kind, block), needed).await;
+            let mut now: Vec<BlockRef> = Vec::new();
+            for piece in level.past(position, settled)?.into_iter().flatten() {
+                // Tables of copies are among them.
+                if let Piece::Block(found, block) = piece
+                    && found == kind
+                {
+                    now.push(block);
+                }
+            }
+            if !now.contains(&block) && needed.knows(block.pack) {
+                now.push(block);
+            }
+            for block in now {
+                if self.walked.contains(&(block.pack, block.offset)) {
+                    level.found.insert(position);
+                } else {
+                    places.push((position, block));
+                }
+            }
+        }
+        Ok(places)
+    }
+
+    /// What is below nodes of one level, each place once.
+    async fn children(
+        &self,
+        len_bytes: u64,
+        height: u8,
+        nodes: Vec<Place>,
+        level: &mut Level,
+    ) -> Result<Vec<Place>> {
+        let (repo, ctx) = (self.repo, self.ctx);
+        let total = len_bytes.div_ceil(node::child_bytes(height));
+        let read = nodes.into_iter().map(|(position, block)| async move {
+            let before = position as u64 * FAN_OUT as u64;
+            let count = (total - before.min(total)).min(FAN_OUT as u64) as usize;
+            (position, tree::read_node(repo, &block, height, count, ctx).await)
+        });
+        let mut read = pin!(stream::iter(read).buffered(ctx.limits.requests));
+        let mut below: BTreeMap<(usize, PackId, u32), BlockRef> = BTreeMap::new();
+        while let Some((position, node)) = read.next().await {
+            let Some(node) = level.past(position, node)? else { continue };
+            level.found.insert(position);
+            for (child, n) in node.children.iter().zip(position * FAN_OUT..) {
+                if let Child::Block { block, .. } = *child {
+                    below.insert((n, block.pack, block.offset), block);
+                }
+            }
+        }
+        Ok(below.into_iter().map(|((position, ..), block)| (position, block)).collect())
+    }
+
+    /// Notes all chunks of a leaf as needed. Fails for the first that is missing, after all the rest.
     async fn leaf(&mut self, leaf: &Leaf, needed: &mut dyn Needed) -> Result<()> {
+        let mut level = Level::default();
         for (_, chunk) in leaf.chunks() {
             let Some(frame) = leaf.frames.get(chunk.frame as usize) else { continue };
             let piece =
                 Piece::Chunk { id: chunk.id, frame: *frame, offset: chunk.offset, len: chunk.len };
             if self.view.moves.contains_key(&frame.pack) {
-                self.settle(piece, needed).await?;
+                level.past(0, self.settle(piece, needed).await)?;
             } else {
                 needed.need(piece);
             }
         }
-        Ok(())
+        level.missing().map_or(Ok(()), Err)
     }
 
-    /// Notes a piece where it is now: in all copies that compactions made of it, or where it was.
-    async fn settle(&mut self, piece: Piece, needed: &mut dyn Needed) -> Result<()> {
-        let mut work = vec![piece];
+    /// Notes a piece where it is now, in all copies that compactions made of it, or where it was; gives these places.
+    async fn settle(&mut self, piece: Piece, needed: &mut dyn Needed) -> Result<Vec<Piece>> {
+        let (mut work, mut settled) = (vec![piece], Vec::new());
         let mut tried = BTreeSet::new();
         while let Some(piece) = work.pop() {
             // A damaged repository may point in circles.
             if !self.view.moves.contains_key(&piece.pack()) || !tried.insert(piece.place()) {
                 needed.need(piece);
+                settled.push(piece);
                 continue;
             }
             let mut covered = false;
@@ -238,9 +346,10 @@ impl<'a> Walk<'a> {
                     self.must_be_in_place(piece.pack()).await?;
                 }
                 needed.need(piece);
+                settled.push(piece);
             }
         }
-        Ok(())
+        Ok(settled)
     }
 
     /// Fails for a pack that was copied and is gone, of which a piece is needed that no list of copies names: the piece's

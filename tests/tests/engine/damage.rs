@@ -4,6 +4,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use petra_engine::clone::ClonePin;
+use petra_engine::collect::{CollectOptions, collect};
 use petra_engine::format::envelope;
 use petra_engine::format::node::Child;
 use petra_engine::key::Key;
@@ -16,7 +18,8 @@ use petra_engine::url::{Item, SnapshotRef};
 use petra_engine::verify::VerifyReport;
 use petra_engine::{Error, PackId, Repository};
 use petra_tests::lab::{
-    check, check_rest, collect_all, context, init, name, objects, request, take, verify_all,
+    at_once, check, check_rest, collect_all, context, init, name, objects, request, take,
+    verify_all,
 };
 use petra_tests::volume::{Volume, noise, prose};
 
@@ -320,6 +323,58 @@ async fn a_mark() {
         let marks = objects(site.repo.store(), "marks/").await;
         damaged_object(&Key::from_listing(marks[0].key.clone()), &site, damage, true).await;
     }
+}
+
+/// Such a snapshot is still listed, but nothing new relies on it.
+#[tokio::test]
+async fn a_mark_of_one_that_came_back() {
+    for damage in DAMAGES {
+        let site = Site::new().await;
+        let last = site.records[1].id;
+        site.repo.delete(last, &context()).await.unwrap();
+        site.repo.undelete(last, &context()).await.unwrap();
+        let key = Key::mark(last, 2);
+        site.damage(&key, damage, 40, &Key::mark(last, 1)).await;
+        let next = site.volumes[1][0].clone().with(0, b"next");
+        let taken = take(&site.repo, &next).await.unwrap();
+        assert_ne!(taken.parent, Some(last), "{damage:?}");
+        check(&site.repo, &taken.volumes[0], &next).await.unwrap();
+        let pins = objects(site.repo.store(), "pins/").await;
+        assert_eq!(pins.len(), 1, "{damage:?}: {pins:?}");
+    }
+}
+
+/// What is left of a snapshot that only a clone needs stays, whatever else of it is lost.
+#[tokio::test]
+async fn a_part_of_what_a_clone_reads() {
+    let memory = Arc::new(MemoryStore::new());
+    let repo = init(memory.clone()).await;
+    let segments_of = |seed| {
+        (0..3).fold(Volume::zeros(2 * SEGMENT + 90_000), |volume, n| {
+            volume.with(n * SEGMENT, &noise(10 * n + seed, 80_000))
+        })
+    };
+    let volume = segments_of(0).with(2 * SEGMENT, &noise(99, 80_000));
+    let first = take(&repo, &segments_of(0)).await.unwrap();
+    let second = take(&repo, &volume).await.unwrap();
+    let pin = ClonePin::take(&repo, second.id, &context()).await.unwrap();
+    for record in [&first, &second] {
+        repo.delete(record.id, &context()).await.unwrap();
+    }
+    let keep_packs = CollectOptions { max_waste_percent: None, ..at_once() };
+    collect(&repo, &keep_packs, &context()).await.unwrap();
+    check(&repo, &second.volumes[0], &volume).await.unwrap();
+    // The leaf of the first segment is in a pack of the first snapshot.
+    let found = segments(&repo, &second.volumes[0], &context()).await.unwrap();
+    let Child::Block { block: leaf, .. } = found.leaves[0] else { panic!("no leaf") };
+    assert_eq!(leaf.pack.session, first.id);
+    memory.damage(Key::pack(leaf.pack).as_str(), |_| None);
+    collect(&repo, &keep_packs, &context()).await.unwrap();
+    let excused = 0..2 * SEGMENT;
+    check_rest(&repo, &second.volumes[0], &volume, vec![excused]).await.unwrap();
+    pin.end(&context()).await.unwrap();
+    collect(&repo, &keep_packs, &context()).await.unwrap();
+    assert_eq!(objects(repo.store(), "packs/").await, []);
 }
 
 #[tokio::test]
