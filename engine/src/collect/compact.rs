@@ -15,7 +15,7 @@ use crate::context::Context;
 use crate::crypto::{self, Keys};
 use crate::error::{Error, Result};
 use crate::fetch::{Fetched, Request, Span, coalesce};
-use crate::format::block::{BlockKind, BlockRef};
+use crate::format::block::{self, BlockKind, BlockRef};
 use crate::format::frame::{self, FrameEncoder, FrameLocation};
 use crate::format::pack::{PackBuilder, PackKind};
 use crate::format::relocation::{MovedBlock, Relocation, Run};
@@ -347,13 +347,13 @@ impl Copier {
         })
     }
 
-    /// Takes over all pieces of one request, after checking every chunk.
+    /// Takes over all pieces of one request, after checking each.
     fn take(&mut self, request: &Request<Source>, fetched: &Fetched) -> Result<()> {
         for span in &request.spans {
             let stored = fetched.span(span)?;
             match &span.tag {
                 Source::Block(kind) => {
-                    self.add_block(span.pack, span.offset, span.len, *kind, stored);
+                    self.add_block(span.pack, span.offset, span.len, *kind, stored)?;
                 }
                 Source::Frame(frame) => self.take_frame(span, frame, stored)?,
             }
@@ -361,7 +361,7 @@ impl Copier {
         Ok(())
     }
 
-    /// Adds a manifest block that says what one of `source` said.
+    /// Adds a manifest block that says what one of `source` said, after checking that it is whole.
     pub(crate) fn add_block(
         &mut self,
         source: PackId,
@@ -369,7 +369,13 @@ impl Copier {
         old_len: u32,
         kind: BlockKind,
         block: &[u8],
-    ) {
+    ) -> Result<()> {
+        self.keys
+            .open(crypto::Piece::Block(kind), block, &mut self.opened)
+            .and_then(|opened| block::unseal(kind, opened))
+            .map_err(|error| {
+                error.of(format!("manifest block {old_offset}+{old_len} of {}", Key::pack(source)))
+            })?;
         let pack = self.open(PackKind::Manifest);
         let moved = MovedBlock {
             old_offset,
@@ -388,6 +394,7 @@ impl Copier {
         &mut self,
         span: &Span<Source>,
         wanted: &WantedFrame,
+        Ok(())
         stored: &[u8],
     ) -> Result<()> {
         let object = || format!("frame {}+{} of {}", span.offset, span.len, Key::pack(span.pack));

@@ -16,9 +16,8 @@ use crate::chunker::Chunking;
 use crate::chunks::{self, Placement};
 use crate::collect::Copier;
 use crate::context::Context;
-use crate::crypto::{self, Keys};
+use crate::crypto::Keys;
 use crate::error::{Error, Result};
-use crate::format::block;
 use crate::format::frame::FrameLocation;
 use crate::id::{ChunkId, PackId, SnapshotId};
 use crate::key::Key;
@@ -137,19 +136,16 @@ impl<'a> Healing<'a> {
                     Err(error) if error.is_unreadable() => continue,
                     Err(error) => return Err(error),
                 };
-                // The search found that it says the same; it may have been damaged since.
-                let mut opened = Vec::new();
-                let piece = crypto::Piece::Block(lost.kind);
-                let payload = self.repo.keys().open(piece, &bytes, &mut opened);
-                if payload.and_then(|block| block::unseal(lost.kind, block)).is_err() {
-                    continue;
-                }
                 let (kind, block) = (lost.kind, lost.block);
-                self.with_copier(move |copier| {
-                    copier.add_block(block.pack, block.offset, block.len, kind, &bytes);
-                    Ok(())
-                })
-                .await?;
+                let added = self.with_copier(move |copier| {
+                    copier.add_block(block.pack, block.offset, block.len, kind, &bytes)
+                });
+                match added.await {
+                    Ok(()) => {}
+                    // The search found that it says the same; it may have been damaged since.
+                    Err(error) if error.is_unreadable() => continue,
+                    Err(error) => return Err(error),
+                }
                 let counts = self.by_pack.entry((place.0, Origin::Repository)).or_default();
                 counts.blocks += 1;
                 healed.push(*place);

@@ -1,6 +1,7 @@
 //! Compaction and graves (docs/protocol.md): packs that are mostly garbage shrink, and nothing is lost on the way.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use petra_engine::collect::{CollectOptions, CollectReport, collect};
 use petra_engine::record::SnapshotRecord;
@@ -147,6 +148,70 @@ async fn a_restore_that_runs_meanwhile_finds_the_copies() {
     assert!(report.compacted_packs > 0, "{report:?}");
     gate.open();
     running.await.unwrap().unwrap();
+}
+
+/// An answer of the store with a bit that is wrong, once: nothing relies on it.
+#[tokio::test]
+async fn a_bit_that_flips_on_the_way_is_never_copied() {
+    let mut hits = 0;
+    for n in 0.. {
+        let memory = Arc::new(MemoryStore::new());
+        let store = Recording::new(memory.clone());
+        let repo = init(store.clone()).await;
+        // Half of what the first has stored is garbage, leaves and chunks.
+        let halves = |seed| {
+            let first = Volume::zeros((64 << 20) + (4 << 20)).with(0, &noise(1, 4 << 20));
+            first.with(64 << 20, &noise(seed, 4 << 20))
+        };
+        let first = take(&repo, &halves(2)).await.unwrap();
+        let after = halves(3);
+        let second = take(&repo, &after).await.unwrap();
+        repo.delete(first.id, &context()).await.unwrap();
+        let (mut reads, mut flipped) = (0, None::<String>);
+        let flip = |memory: &MemoryStore, key: &str| {
+            memory.damage(key, |mut body| {
+                let first_half = body.len() / 4;
+                body[first_half] ^= 1;
+                Some(body)
+            });
+        };
+        let (to, is_hit) = (memory.clone(), Arc::new(AtomicBool::new(false)));
+        let was_hit = is_hit.clone();
+        store.rule(move |_, call| {
+            if let Some(key) = flipped.take() {
+                flip(&to, &key);
+            }
+            if call.is(Operation::GetRange, "packs/") {
+                if reads == n {
+                    flip(&to, &call.key);
+                    flipped = Some(call.key.clone());
+                    is_hit.store(true, Ordering::Relaxed);
+                }
+                reads += 1;
+            }
+            Fate::Pass
+        });
+        // It may fail, and be done again.
+        let _ = collect(&repo, &everything(), &context()).await;
+        // Lets the bit flip back if that was the last request.
+        repo.store().list("config", None).await.unwrap();
+        store.reset();
+        let repo = Repository::open(store.clone()).await.unwrap();
+        check(&repo, &second.volumes[0], &after).await.unwrap();
+        collect(&repo, &everything(), &context()).await.unwrap();
+        check(&repo, &second.volumes[0], &after).await.unwrap();
+        assert_tidy(&repo).await;
+        if !was_hit.load(Ordering::Relaxed) {
+            break;
+        }
+        hits += 1;
+    }
+    assert!(hits > 5, "{hits} reads");
+}
+
+/// A collection that compacts whatever it can.
+fn everything() -> CollectOptions {
+    CollectOptions { max_waste_percent: Some(0), ..at_once() }
 }
 
 /// How many requests a collection of the sparse repository makes.
