@@ -32,6 +32,9 @@ const BATCH_BYTES: u64 = 16 << 30;
 const BATCH_PACKS: usize = 4096;
 /// Chunks and manifest blocks of one batch: some 200 MiB of memory. Where there are more, some packs wait for the next.
 const BATCH_PIECES: usize = 2 << 20;
+/// Chunks and manifest blocks of one table of copies. Each takes some 50 bytes at most, and no block may have more than
+/// [`block::MAX_BYTES`]: a pack with more of them gets several tables.
+const TABLE_ENTRIES: usize = 1 << 16;
 /// A pack with less garbage than a sixteenth is not worth copying, whatever share of garbage is allowed: headers and
 /// footers count as garbage here, and every copy has them again. One that was copied for them would be copied for ever.
 const MIN_WASTE_SHARE: u64 = 16;
@@ -129,10 +132,10 @@ impl Wanted {
 /// The packs of one batch.
 struct Victims<'a> {
     packs: BTreeMap<PackId, Wanted>,
+    stored: &'a Inventory,
     /// What they have together.
     pieces: usize,
     most: usize,
-    stored: &'a Inventory,
 }
 
 impl<'a> Victims<'a> {
@@ -322,6 +325,8 @@ pub(crate) struct Copier {
     opened: Vec<u8>,
     decoded: Vec<u8>,
     relocations: BTreeMap<PackId, Relocation>,
+    /// Tables of packs of which so much is needed that they get another one.
+    full: Vec<Relocation>,
     copied_bytes: u64,
 }
 
@@ -343,6 +348,7 @@ impl Copier {
             opened: Vec::new(),
             decoded: Vec::new(),
             relocations: BTreeMap::new(),
+            full: Vec::new(),
             copied_bytes: 0,
         })
     }
@@ -388,13 +394,13 @@ impl Copier {
             self.complete.extend(self.manifest.take().map(PackBuilder::finish));
         }
         self.relocation(source).blocks.push(moved);
+        Ok(())
     }
 
     fn take_frame(
         &mut self,
         span: &Span<Source>,
         wanted: &WantedFrame,
-        Ok(())
         stored: &[u8],
     ) -> Result<()> {
         let object = || format!("frame {}+{} of {}", span.offset, span.len, Key::pack(span.pack));
@@ -474,14 +480,19 @@ impl Copier {
         }
     }
 
+    /// The table for what is copied next of a pack.
     fn relocation(&mut self, source: PackId) -> &mut Relocation {
-        let (frames, runs, blocks) = (Vec::new(), Vec::new(), Vec::new());
-        self.relocations.entry(source).or_insert(Relocation { source, frames, runs, blocks })
+        let table = self.relocations.entry(source).or_insert_with(|| Relocation::new(source));
+        if table.runs.len() + table.blocks.len() >= TABLE_ENTRIES {
+            self.full.push(std::mem::replace(table, Relocation::new(source)));
+        }
+        table
     }
 
     /// Leaves a pack where it is. What was copied of it already is garbage.
     fn forget(&mut self, source: PackId) {
         self.relocations.remove(&source);
+        self.full.retain(|table| table.source != source);
         self.waiting.retain(|(pack, _)| *pack != source);
     }
 
@@ -489,7 +500,8 @@ impl Copier {
     pub(crate) fn finish(&mut self) -> Vec<Move> {
         self.flush();
         let mut moves = Vec::new();
-        for mut relocation in std::mem::take(&mut self.relocations).into_values() {
+        let open = std::mem::take(&mut self.relocations).into_values();
+        for mut relocation in std::mem::take(&mut self.full).into_iter().chain(open) {
             relocation.runs.sort_unstable_by_key(|run| (run.old_frame, run.old_start));
             relocation.blocks.sort_unstable_by_key(|block| block.old_offset);
             let (kind, mut block) = (BlockKind::Relocation, relocation.encode());
@@ -528,6 +540,35 @@ impl Copier {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_copied_of_a_pack_of_very_many_chunks_can_be_found() {
+        let source = PackId { session: SnapshotId::from_parts(1, 1), number: 0 };
+        let ctx = Context::default();
+        let mut copier = Copier::new(SnapshotId::from_parts(2, 2), &Keys::none(), &ctx).unwrap();
+        // Every second one, so that each is a run of its own.
+        let count = TABLE_ENTRIES as u32 * 2 + 10;
+        for n in 0..count {
+            copier.add_chunk(source, n / 1000, n % 1000 * 2, &[n as u8]);
+        }
+        let moves = copier.finish();
+        assert_eq!(moves.len(), 3);
+        let packs: BTreeMap<PackId, Bytes> = copier.take_complete().into_iter().collect();
+        let tables: Vec<Relocation> = moves
+            .iter()
+            .map(|moved| {
+                let table: BlockRef = moved.table.into();
+                assert!(table.len as usize <= block::MAX_BYTES, "{}", table.len);
+                let start = table.offset as usize;
+                let bytes = &packs[&table.pack][start..start + table.len as usize];
+                Relocation::decode(bytes, source, table.digest).unwrap()
+            })
+            .collect();
+        for n in 0..count {
+            let found = tables.iter().filter_map(|table| table.chunk(n / 1000, n % 1000 * 2, 1));
+            assert_eq!(found.count(), 1, "chunk {n}");
+        }
+    }
 
     #[test]
     fn a_batch_has_no_more_pieces_than_fit_in_memory() {

@@ -62,6 +62,11 @@ pub struct MovedBlock {
 }
 
 impl Relocation {
+    /// One of which nothing was copied yet.
+    pub fn new(source: PackId) -> Self {
+        Self { source, frames: Vec::new(), runs: Vec::new(), blocks: Vec::new() }
+    }
+
     /// Where `len` raw bytes from `start` of the old frame at `old_frame` are now: the frame, and the first byte in it.
     pub fn chunk(&self, old_frame: u32, start: u32, len: u32) -> Option<(FrameLocation, u32)> {
         let after =
