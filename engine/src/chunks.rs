@@ -49,6 +49,9 @@ impl Placement {
 /// What is wanted of one frame.
 pub(crate) type FramePlan = (FrameLocation, Vec<Placement>);
 
+/// Copies of chunks that are tried next, by the place that is tried now: the frame, the first byte in it, and that in the volume.
+type OtherCopies = HashMap<(FrameLocation, u32, u64), Vec<(FrameLocation, u32)>>;
+
 /// Chunks of a frame that can't be read, and why.
 #[derive(Debug)]
 pub(crate) struct Loss {
@@ -89,6 +92,7 @@ impl ChunkReader {
     pub(crate) async fn run(&self, request: Request<FramePlan>) -> Result<Outcome> {
         let mut outcome = Outcome::default();
         let mut work = vec![(request, 0)];
+        let mut others = OtherCopies::new();
         while let Some((request, moves)) = work.pop() {
             let pack = request.pack;
             let fetched = tokio::select! {
@@ -117,7 +121,7 @@ impl ChunkReader {
                 outcome.damaged.extend(losses);
                 continue;
             }
-            let moved = self.moved(pack, losses, &mut outcome).await?;
+            let moved = self.moved(pack, losses, &mut others, &mut outcome).await?;
             work.extend(moved.into_iter().map(|request| (request, moves + 1)));
         }
         Ok(outcome)
@@ -129,6 +133,7 @@ impl ChunkReader {
         &self,
         pack: PackId,
         losses: Vec<Loss>,
+        others: &mut OtherCopies,
         outcome: &mut Outcome,
     ) -> Result<Vec<Request<FramePlan>>> {
         let has_all = |copies: &[Copied]| {
@@ -149,8 +154,16 @@ impl ChunkReader {
             let mut left = Vec::new();
             for placement in placements {
                 let at = (frame.offset, placement.offset, placement.len);
-                match copies.iter().find_map(|copy| copy.to.chunk(at.0, at.1, at.2)) {
+                // Of several copies, one after the other.
+                let copies = copies.iter().filter_map(|copy| copy.to.chunk(at.0, at.1, at.2));
+                let place = (frame, placement.offset, placement.target);
+                let mut copies = copies.chain(others.remove(&place).into_iter().flatten());
+                match copies.next() {
                     Some((frame, offset)) => {
+                        let rest: Vec<_> = copies.collect();
+                        if !rest.is_empty() {
+                            others.insert((frame, offset, placement.target), rest);
+                        }
                         let plan =
                             moved.entry((frame.pack, frame.offset)).or_insert((frame, vec![]));
                         plan.1.push(Placement { offset, ..placement });

@@ -82,8 +82,15 @@ impl Repository {
         }
         let (mut found, mut damage) = (Vec::new(), None);
         for session in self.movers(pack).await? {
-            let Some(Decision::Compaction { moves, .. }) = self.decision(session).await? else {
-                continue;
+            let moves = match self.decision(session).await {
+                Ok(Some(Decision::Compaction { moves, .. })) => moves,
+                Ok(_) => continue,
+                // As below.
+                Err(error) if error.is_damage() => {
+                    damage = Some(error);
+                    continue;
+                }
+                Err(error) => return Err(error),
             };
             for moved in moves.iter().filter(|moved| moved.source == pack) {
                 match self.read_relocation(pack, &moved.table).await {

@@ -250,6 +250,7 @@ pub(crate) async fn leaves(
     let mut leaves: Vec<(usize, SegmentLeaf)> =
         children.iter().map(|(segment, _)| (*segment, Ok(None))).collect();
     let mut wanted: Vec<Wanted> = spans.collect();
+    let mut several = BTreeSet::new();
     for moves in 0..=relocation::MAX_MOVES {
         let read: Vec<_> = stream::iter(coalesce(std::mem::take(&mut wanted)))
             .map(|request| read_leaves(repo, request, workers, ctx))
@@ -269,6 +270,9 @@ pub(crate) async fn leaves(
             let place = BlockRef { pack, offset, len, ..block };
             match repo.relocated_block(&place).await {
                 Ok(moved) => {
+                    if moved.len() > 1 {
+                        several.insert(position);
+                    }
                     if let Some(BlockRef { pack, offset, len, .. }) =
                         moved.into_iter().next().filter(|_| moves < relocation::MAX_MOVES)
                     {
@@ -282,6 +286,20 @@ pub(crate) async fn leaves(
         }
         if wanted.is_empty() {
             break;
+        }
+    }
+    // Of several copies only the first was tried.
+    for position in several {
+        if let Some((segment, leaf)) = leaves.get_mut(position)
+            && let Some((_, Child::Block { block, .. })) = children.get(position)
+            && leaf.as_ref().is_err_and(Error::is_unreadable)
+        {
+            let range = segment_range(volume_len, *segment);
+            match read_leaf(repo, block, range.end - range.start).await {
+                Ok(read) => *leaf = Ok(Some(read)),
+                Err(error) if error.is_unreadable() => {}
+                Err(error) => return Err(error),
+            }
         }
     }
     Ok(leaves)

@@ -3,6 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
+use petra_engine::collect::{CollectOptions, collect};
+use petra_engine::format::block::BlockRef;
 use petra_engine::format::node::Child;
 use petra_engine::key::Key;
 use petra_engine::record::SnapshotRecord;
@@ -14,8 +17,8 @@ use petra_engine::store::{MemoryStore, Store, StoreErrorCause};
 use petra_engine::tree::segments;
 use petra_engine::{PackId, Repository};
 use petra_tests::lab::{
-    assert_tidy, check, check_rest, collect_all, context, init, name, objects, request, take,
-    verify_all,
+    assert_tidy, at_once, check, check_rest, collect_all, context, init, name, objects, request,
+    take, verify_all,
 };
 use petra_tests::recording::{Fate, Recording};
 use petra_tests::volume::{Volume, noise, prose};
@@ -65,6 +68,12 @@ async fn take_alone(repo: &Repository, volume: &Volume) -> SnapshotRecord {
     let mut request = request("r", &[("v", volume)]);
     request.parent = Parent::None;
     snapshot(repo, request, &context()).await.unwrap()
+}
+
+/// Puts other bytes in the place of an object, or brings it back.
+async fn put_back(memory: &MemoryStore, key: &Key, body: Bytes) {
+    memory.delete(key).await.unwrap();
+    memory.put(key, body).await.unwrap();
 }
 
 fn data_pack(record: &SnapshotRecord) -> PackId {
@@ -237,6 +246,169 @@ async fn a_healed_manifest_leads_to_the_data_of_the_other_snapshot() {
     assert_eq!(objects(&*memory, "packs/").await, []);
 }
 
+/// A snapshot, one leaf of which is all that anybody needs of its manifest pack, and another one that has everything once more.
+async fn lone_leaf(repo: &Repository) -> (SnapshotRecord, SnapshotRecord, Volume, BlockRef) {
+    let volume = volume();
+    let before = volume.clone().with(SEGMENT, &noise(8, 80_000));
+    let before = take(repo, &before).await.unwrap();
+    let first = take(repo, &volume).await.unwrap();
+    repo.delete(before.id, &context()).await.unwrap();
+    let keep_packs = CollectOptions { max_waste_percent: None, ..at_once() };
+    collect(repo, &keep_packs, &context()).await.unwrap();
+    let found = segments(repo, &first.volumes[0], &context()).await.unwrap();
+    let Child::Block { block: leaf, .. } = found.leaves[0] else { panic!("no leaf") };
+    assert_eq!(leaf.pack.session, before.id);
+    let second = take_alone(repo, &volume).await;
+    (first, second, volume, leaf)
+}
+
+/// A pack that comes back after it was healed: what either leads to stays as long as somebody may go by it.
+#[tokio::test]
+async fn a_lost_manifest_that_comes_back() {
+    for damaged in [Damage::Flipped, Damage::Missing] {
+        let (memory, repo) = new_repo().await;
+        let (first, second, volume, leaf) = lone_leaf(&repo).await;
+        let key = Key::pack(leaf.pack);
+        let body = memory.get(&key).await.unwrap();
+        damage(&memory, leaf.pack, damaged, leaf.offset as usize + 60);
+        let report = repair_with(&repo, &[]).await;
+        assert_eq!(report.lost, []);
+        assert_eq!(sum(&report.healed, &Origin::Repository), (0, 1), "{report:?}");
+        put_back(&memory, &key, body).await;
+        opened(&memory).await.delete(second.id, &context()).await.unwrap();
+        for _ in 0..3 {
+            collect_all(&opened(&memory).await).await.unwrap();
+            check(&opened(&memory).await, &first.volumes[0], &volume).await.unwrap();
+        }
+        assert!(memory.get(&key).await.is_err(), "a copy took its place");
+        assert_whole(&memory, &[(&first, &volume)]).await;
+    }
+}
+
+/// Two repairs that knew nothing of each other have copied a leaf, and one of the copies is damaged.
+#[tokio::test]
+async fn one_of_two_copies_of_a_leaf_is_damaged() {
+    let (memory, repo) = new_repo().await;
+    let (first, _, volume, leaf) = lone_leaf(&repo).await;
+    damage(&memory, leaf.pack, Damage::Missing, 0);
+    let copies = repair_twice(&memory).await;
+    for copy in &copies {
+        let [copy] = &copy[..] else { panic!("{copies:?}") };
+        let body = memory.get(copy).await.unwrap();
+        let mut flipped = body.to_vec();
+        // The leaf comes first, the table last.
+        flipped[60] ^= 1;
+        put_back(&memory, copy, flipped.into()).await;
+        check(&opened(&memory).await, &first.volumes[0], &volume).await.unwrap();
+        put_back(&memory, copy, body).await;
+    }
+}
+
+/// Repairs twice, the second time as if the first had not been; gives the packs that each has stored.
+async fn repair_twice(memory: &Arc<MemoryStore>) -> [Vec<Key>; 2] {
+    let (mut stored, mut hidden) = ([vec![], vec![]], vec![]);
+    for packs in &mut stored {
+        let before = objects(&**memory, "").await;
+        assert_eq!(repair_with(&opened(memory).await, &[]).await.lost, []);
+        for entry in objects(&**memory, "").await {
+            if before.iter().any(|known| known.key == entry.key) {
+                continue;
+            }
+            let key = Key::from_listing(entry.key.clone());
+            if entry.key.starts_with("packs/") {
+                packs.push(key);
+            } else if entry.key.starts_with("snaps/") || entry.key.starts_with("moves/") {
+                hidden.push((key.clone(), memory.get(&key).await.unwrap()));
+                memory.delete(&key).await.unwrap();
+            }
+        }
+    }
+    for (key, body) in hidden {
+        memory.put(&key, body).await.unwrap();
+    }
+    stored
+}
+
+/// Repairs that knew nothing of each other: any of the copies will do.
+#[tokio::test]
+async fn one_of_two_copies_is_lost() {
+    for is_manifest in [false, true] {
+        let (memory, repo) = new_repo().await;
+        let volume = volume();
+        let (first, second) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
+        let pack = if is_manifest { manifest_pack(&first) } else { data_pack(&first) };
+        damage(&memory, pack, Damage::Missing, 0);
+        let copies = repair_twice(&memory).await;
+        // The first of them and, in another world, the second.
+        for lost in &copies {
+            assert!(!lost.is_empty());
+            let world = Arc::new(MemoryStore::new());
+            for entry in objects(&*memory, "").await {
+                let key = Key::from_listing(entry.key);
+                if !lost.iter().any(|pack| pack.as_str() == key.as_str()) {
+                    world.put(&key, memory.get(&key).await.unwrap()).await.unwrap();
+                }
+            }
+            let repo = opened(&world).await;
+            check(&repo, &first.volumes[0], &volume).await.unwrap();
+            repo.delete(second.id, &context()).await.unwrap();
+            collect_all(&repo).await.unwrap();
+            check(&opened(&world).await, &first.volumes[0], &volume).await.unwrap();
+        }
+    }
+}
+
+/// A copy whose table and pieces are in different packs, of which only the one with the pieces is lost.
+#[tokio::test]
+async fn a_copy_without_its_bytes() {
+    let (memory, repo) = new_repo().await;
+    let volume = volume();
+    let (first, _) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
+    damage(&memory, data_pack(&first), Damage::Missing, 0);
+    let mut data = Vec::new();
+    for key in repair_twice(&memory).await.into_iter().flatten() {
+        if memory.get(&key).await.unwrap().len() > 100_000 {
+            data.push(key);
+        }
+    }
+    assert_eq!(data.len(), 2, "{data:?}");
+    for lost in data {
+        let body = memory.get(&lost).await.unwrap();
+        memory.delete(&lost).await.unwrap();
+        check(&opened(&memory).await, &first.volumes[0], &volume).await.unwrap();
+        // Damaged instead of gone.
+        put_back(&memory, &lost, vec![1; body.len()].into()).await;
+        check(&opened(&memory).await, &first.volumes[0], &volume).await.unwrap();
+        put_back(&memory, &lost, body).await;
+    }
+}
+
+/// What one repair has done is found even where the decision of another can't be read.
+#[tokio::test]
+async fn a_damaged_decision_hides_only_its_own_copies() {
+    let (memory, repo) = new_repo().await;
+    let volume = volume();
+    let (first, _) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
+    let pack = data_pack(&first);
+    let whole = memory.get(&Key::pack(pack)).await.unwrap();
+    // Something at the beginning of the pack is healed, then something at its end.
+    damage(&memory, pack, Damage::Flipped, 5_000);
+    repair_with(&repo, &[]).await;
+    let healed = objects(&*memory, "moves/").await;
+    assert_eq!(healed.len(), 1);
+    let session = healed[0].key.rsplit('/').next().unwrap().parse().unwrap();
+    damage(&memory, pack, Damage::Truncated, 100_000);
+    repair_with(&opened(&memory).await, &[]).await;
+    assert_eq!(objects(&*memory, "moves/").await.len(), 2);
+    memory.damage(Key::snap(session).as_str(), |mut body| {
+        body[200] ^= 1;
+        Some(body)
+    });
+    // What the damaged decision was for is there again.
+    put_back(&memory, &Key::pack(pack), whole.slice(..100_000)).await;
+    check(&opened(&memory).await, &first.volumes[0], &volume).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_repair_can_end_at_any_request_and_be_repeated() {
     let memory = Arc::new(MemoryStore::new());
@@ -296,8 +468,8 @@ async fn two_repairs_and_a_collection_at_the_same_time() {
     let collector = {
         let repo = opened(&memory).await;
         tokio::spawn(async move {
-            let options = petra_engine::collect::CollectOptions::default();
-            petra_engine::collect::collect(&repo, &options, &context()).await.unwrap()
+            let options = CollectOptions::default();
+            collect(&repo, &options, &context()).await.unwrap()
         })
     };
     for repair in repairs {
