@@ -37,7 +37,7 @@ impl ClonePin {
     ) -> Result<Self> {
         repo.ready_to_write(ctx).await?;
         let pin = Self { repo: repo.clone(), id, snapshot };
-        let result = pin.put(BTreeMap::new(), ctx).await;
+        let result = pin.put(&Key::pin(id, 0), BTreeMap::new(), ctx).await;
         if result.is_err() {
             // The pin may be there although its answer was lost, and no one would ever end it.
             let _ = pin.end(ctx).await;
@@ -45,11 +45,13 @@ impl ClonePin {
         result.map(|()| pin)
     }
 
-    /// The same with an id that is made of a name, so that whoever repeats the call takes the same pin. It must not be
-    /// there: see [`find`](Self::find), and calls for one id must not overlap. `metadata` says what it is for.
+    /// The same with an id that is made of a name, for calls that are repeated until they succeed. If there is one
+    /// already, see [`find`](Self::find), this has to be for the same snapshot. `metadata` says what it is for. Calls for one
+    /// id must not overlap.
     ///
-    /// After an error it is not ended, since that is for good, and the call could never succeed again. It is taken back,
-    /// as far as the store can be reached; if it stays, the next call finds it.
+    /// Each call puts a pin of its own: one that an earlier call has put may be about to go, since that call failed and
+    /// took it back. After an error the clone is not ended, since that is for good, and the call could never succeed again.
+    /// The pin is taken back, as far as the store can be reached.
     pub async fn take_named(
         repo: &Repository,
         id: SnapshotId,
@@ -59,22 +61,19 @@ impl ClonePin {
     ) -> Result<Self> {
         repo.ready_to_write(ctx).await?;
         let pin = Self { repo: repo.clone(), id, snapshot };
-        let result = pin.put(metadata, ctx).await;
+        // A number that never comes again: the deletion below may be carried out much later.
+        let key = Key::pin(id, ctx.host.random() as u32);
+        let result = pin.put(&key, metadata, ctx).await;
         if result.is_err() {
             // Nobody has read by it: it is as if it had never been.
-            let _ = repo.store().delete(&Key::pin(id, 0)).await;
+            let _ = repo.store().delete(&key).await;
         }
         result.map(|()| pin)
     }
 
-    /// The pin of this id that an earlier call has taken, of whatever snapshot. Calls for one id must not overlap.
-    pub async fn find(repo: &Repository, id: SnapshotId) -> Result<Option<Self>> {
-        let Some(pinned) = repo.pin(id).await? else { return Ok(None) };
-        let Some(snapshot) = pinned.snapshots.first() else { return Ok(None) };
-        let pin = Self::taken(repo, id, *snapshot);
-        // The earlier call may have died before it asked this.
-        pin.check_readable().await?;
-        Ok(Some(pin))
+    /// What an earlier call for this id has pinned. It may hold nothing: that call may have died before it knew.
+    pub async fn find(repo: &Repository, id: SnapshotId) -> Result<Option<SnapshotId>> {
+        Ok(repo.pin(id).await?.and_then(|pin| pin.snapshots.first().copied()))
     }
 
     /// A pin that was taken before, maybe by another process.
@@ -82,17 +81,17 @@ impl ClonePin {
         Self { repo: repo.clone(), id, snapshot }
     }
 
-    async fn put(&self, metadata: BTreeMap<String, String>, ctx: &Context) -> Result<()> {
+    async fn put(
+        &self,
+        key: &Key,
+        metadata: BTreeMap<String, String>,
+        ctx: &Context,
+    ) -> Result<()> {
         ctx.check()?;
         let snapshots = vec![self.snapshot];
         let pin = Pin { stamp: stamp(ctx), owner: PinOwner::Clone, snapshots, metadata };
-        let key = Key::pin(self.id, 0);
-        self.repo.store().put(&key, self.repo.seal(kind::PIN, &key, &pin)?).await?;
+        self.repo.store().put(key, self.repo.seal(kind::PIN, key, &pin)?).await?;
         // Only now: a Purge that comes later finds the pin.
-        self.check_readable().await
-    }
-
-    async fn check_readable(&self) -> Result<()> {
         if self.repo.is_purged(self.snapshot).await? {
             return Err(Error::Unknown {
                 what: "snapshot",
@@ -120,8 +119,10 @@ impl ClonePin {
         let key = Key::end(self.id);
         // Whoever ended it before ended it as well.
         self.repo.store().create(&key, self.repo.seal(kind::END, &key, &end)?).await?;
-        // A pin that stays is void all the same; collectors remove it.
-        let _ = self.repo.store().delete(&Key::pin(self.id, 0)).await;
+        // Pins that stay are void all the same; collectors remove them.
+        for pin in self.repo.pins_of(self.id).await.unwrap_or_default() {
+            let _ = self.repo.store().delete(&pin).await;
+        }
         Ok(())
     }
 }
@@ -139,12 +140,24 @@ impl Repository {
 
     /// The first pin of an owner, whether it holds anything or not.
     pub async fn pin(&self, owner: SnapshotId) -> Result<Option<Pin>> {
-        let key = Key::pin(owner, 0);
-        match self.store().get(&key).await {
-            Ok(body) => self.unseal(kind::PIN, &key, &body).map(Some),
-            Err(error) if error.is_not_found() => Ok(None),
-            Err(error) => Err(error.into()),
+        for key in self.pins_of(owner).await? {
+            match self.store().get(&key).await {
+                Ok(body) => return self.unseal(kind::PIN, &key, &body).map(Some),
+                // It has just ended.
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error.into()),
+            }
         }
+        Ok(None)
+    }
+
+    async fn pins_of(&self, owner: SnapshotId) -> Result<Vec<Key>> {
+        let mut pins = Vec::new();
+        list_each(self.store(), &format!("{}{owner}/", key::PINS), |entry| {
+            pins.push(Key::from_listing(entry.key.clone()));
+        })
+        .await?;
+        Ok(pins)
     }
 
     /// The clones that need their pins no longer, as far as they are not in a grave.

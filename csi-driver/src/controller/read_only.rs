@@ -60,11 +60,11 @@ impl Controller {
                 request.name
             )));
         }
-        let pin = ClonePin::find(repository, id).await.map_err(failure::of_engine)?;
-        if let Some(pin) = pin.as_ref().filter(|pin| pin.snapshot() != found.record.id) {
+        let pinned = ClonePin::find(repository, id).await.map_err(failure::of_engine)?;
+        if let Some(pinned) = pinned.filter(|pinned| *pinned != found.record.id) {
             // The URL led an earlier call to another snapshot, as that of the latest one does.
-            let record = repository.committed(pin.snapshot()).await.map_err(failure::of_engine)?;
-            let gone = || Status::not_found(format!("no snapshot {}", pin.snapshot()));
+            let record = repository.committed(pinned).await.map_err(failure::of_engine)?;
+            let gone = || Status::not_found(format!("no snapshot {pinned}"));
             found.record = Arc::new(record.ok_or_else(gone)?);
         }
         let (volume, number) = found.volume()?;
@@ -82,14 +82,12 @@ impl Controller {
         // Before there is a pin that nobody could end.
         check("volume id (give the repository a name)", &volume_id)?;
         let _changing = self.changing(&volume_id)?;
-        if pin.is_none() {
-            if short == url {
-                self.remember(&url).await;
-            }
-            let (snapshot, metadata) = (found.record.id, readers.to_metadata());
-            let taken = ClonePin::take_named(repository, id, snapshot, metadata, &self.ctx).await;
-            taken.map_err(failure::of_engine)?;
+        if pinned.is_none() && short == url {
+            self.remember(&url).await;
         }
+        let (snapshot, metadata) = (found.record.id, readers.to_metadata());
+        let taken = ClonePin::take_named(repository, id, snapshot, metadata, &self.ctx).await;
+        taken.map_err(failure::of_engine)?;
         Ok(csi::Volume {
             capacity_bytes: signed(volume.len_bytes),
             volume_id,
