@@ -197,9 +197,13 @@ pub async fn upload(
     let mut in_flight_bytes = 0;
     let beside_one = ctx.limits.packs_in_flight.saturating_sub(1) as u64 * MAX_DATA_BYTES;
     loop {
-        while in_flight_bytes > beside_one
-            && let Some(put) = puts.join_next().await
-        {
+        while in_flight_bytes > beside_one {
+            let put = tokio::select! {
+                biased;
+                () = halt.wait() => None,
+                put = puts.join_next() => put,
+            };
+            let Some(put) = put else { break };
             in_flight_bytes -= settle(put, &counts, &halt, &ctx);
         }
         let pack = tokio::select! {
