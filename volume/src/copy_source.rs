@@ -6,12 +6,13 @@
 //!
 //! What has changed since the copy before is known from the extent maps of both (see [`crate::extents`]). The older
 //! map is read before and after the newer one: where it moved meanwhile, as by a balance or defragmentation, all
-//! counts as changed.
+//! counts as changed. An older copy that is deleted meanwhile, since another upload of the volume has ended, tells nothing
+//! any more: on XFS its blocks are taken from it while it is open.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -57,6 +58,18 @@ struct Base {
     alone: Option<Mutex<()>>,
 }
 
+impl Base {
+    /// True while its path leads to the file that is open.
+    fn is_in_place(&self) -> io::Result<bool> {
+        let opened = self.file.metadata()?;
+        match std::fs::metadata(&self.path) {
+            Ok(there) => Ok((there.dev(), there.ino()) == (opened.dev(), opened.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
 impl CopySource {
     /// Opens a copy. Its bytes must not change any more.
     pub fn open(path: &Path) -> Result<Self> {
@@ -76,8 +89,8 @@ impl CopySource {
         })
     }
 
-    /// Compares with an older copy of the same image, which was stored as `volume` of `snapshot`. Both must stay as they
-    /// are, and be on one file system, for as long as this is used.
+    /// Compares with an older copy of the same image, which was stored as `volume` of `snapshot`. Both must be on one file
+    /// system, and stay as they are for as long as this is used; the older one may be deleted.
     pub fn with_base(mut self, path: &Path, snapshot: SnapshotId, volume: Name) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let len_bytes = file.metadata().map_err(Error::io("read the size of", path))?.len();
@@ -160,6 +173,10 @@ impl CopySource {
         let copy = ExtentMap::read(&self.file, range.clone())?;
         let after = ExtentMap::read(&base.file, range.clone())?;
         let mut ranges = differing(&before, &copy);
+        // It loses its place before its blocks.
+        if alone.is_some() && !base.is_in_place()? {
+            return Err(io::Error::other("the copy before was deleted meanwhile"));
+        }
         if after != before {
             ranges.extend(differing(&before, &after));
             ranges.extend(differing(&after, &copy));

@@ -399,6 +399,39 @@ async fn what_a_file_system_discards_is_seen() {
     }
 }
 
+/// Of two uploads of one volume that overlap, the first to end deletes the base of the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_base_that_is_deleted_meanwhile_hides_no_change() {
+    for kind in [BackendKind::Btrfs, BackendKind::Xfs] {
+        let Some(lab) = TestPool::new(kind) else { return };
+        let volume = lab.create("v", 8 * MIB, Filesystem::Raw);
+        let image = File::options().write(true).open(volume.image()).unwrap();
+        image.write_all_at(&noise(1, 8 << 20), 0).unwrap();
+        let to = Repositories::new().await;
+        compare(&lab, &volume, &to, false).await;
+        let base = volume.state().unwrap().base.unwrap();
+        let mut first = take(&lab.pool, &group(&[&volume])).unwrap();
+        let hole = MIB..2 * MIB;
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(&image, flags, hole.start, MIB).unwrap();
+        let second = take(&lab.pool, &group(&[&volume])).unwrap();
+        let copy = volume.copy_image(second.upload.state().volumes[0].copy);
+        let path = volume.copy_image(base.copy);
+        let source = CopySource::open(&copy).unwrap();
+        let source = source.with_base(&path, base.snapshot, base.volume).unwrap();
+        let sees_it = |changed: Option<Vec<Range<u64>>>| {
+            // None: all is read.
+            changed.is_none_or(|ranges| {
+                ranges.iter().any(|range| range.start <= hole.start && range.end >= hole.end)
+            })
+        };
+        assert!(sees_it(source.changed(0..8 * MIB, base.snapshot)), "{kind}");
+        first.upload.run(&to.incremental, &context()).await.unwrap();
+        assert!(!path.exists(), "{kind}");
+        assert!(sees_it(source.changed(0..8 * MIB, base.snapshot)), "{kind}");
+    }
+}
+
 /// The pages of a file that are in memory.
 fn cached_pages(path: &Path) -> u64 {
     let answer = Command::new("fincore").args(["-n", "-o", "PAGES"]).arg(path).output().unwrap();
