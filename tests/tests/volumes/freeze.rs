@@ -98,6 +98,22 @@ fn a_group_stands_still_while_it_is_frozen() {
 }
 
 #[test]
+fn what_goes_before_a_freeze_may_take_longer_than_the_freeze() {
+    let Some(disk) = Disk::make("ext4", SIZE) else { return };
+    let limit = Duration::from_secs(2);
+    let prepare = || {
+        thread::sleep(limit + MOMENT);
+        Ok(())
+    };
+    let work = || {
+        thread::sleep(MOMENT);
+        Ok(())
+    };
+    while_frozen(&mounts(&[&disk]), &guard(), limit, prepare, work).unwrap();
+    assert!(!is_frozen(&disk));
+}
+
+#[test]
 fn one_file_system_named_twice_is_frozen_once() {
     let Some(disk) = Disk::make("ext4", SIZE) else { return };
     let twice = [disk.path().to_owned(), disk.path().join("lost+found/..")];

@@ -2,9 +2,9 @@
 //!
 //! It is started before the freeze, by a command of the embedding program that runs [`guard_main`]. Through its
 //! standard input it gets the time limit in milliseconds and the mount points, each ended by a zero byte, and one more
-//! zero byte. It opens them and answers `ready` and a newline. From then on it waits: for the byte `d` (done: exit and
-//! touch nothing), for the end of the input (thaw, exit), or for the time limit (thaw, and again and again until one of
-//! the others happens, since a freeze may still be under way).
+//! zero byte. It opens them and answers `ready` and a newline. From then on it waits: for the byte `f` (the freeze begins,
+//! and with it the time), for the byte `d` (done: exit and touch nothing), for the end of the input (thaw, exit), or for the
+//! time limit (thaw, and again and again until one of the others happens, since a freeze may still be under way).
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -31,6 +31,7 @@ const AGAIN: Duration = Duration::from_millis(100);
 const MAX_REQUEST_BYTES: usize = 1 << 20;
 
 const READY: &[u8] = b"ready\n";
+const BEGIN: u8 = b'f';
 const DONE: u8 = b'd';
 
 /// How the embedding program starts a guard.
@@ -110,6 +111,11 @@ impl Guard {
         self.limit
     }
 
+    /// Tells it that the freeze begins: its time runs from now on.
+    pub fn begin(&mut self) -> Result<()> {
+        self.send(&[BEGIN]).map_err(guard_error)
+    }
+
     /// Tells it that all is thawed, and waits for its end.
     pub fn dismiss(&mut self) {
         // One that died needs to be told nothing.
@@ -150,7 +156,7 @@ fn read_line(from: &mut (impl Read + AsFd), line: &mut Vec<u8>) -> io::Result<()
     let asked = Instant::now();
     while line.last() != Some(&b'\n') && line.len() < 4096 {
         let rest = PATIENCE.saturating_sub(asked.elapsed());
-        if !wait(from.as_fd(), rest)? {
+        if !wait(from.as_fd(), Some(rest))? {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "it does not answer"));
         }
         let mut byte = [0];
@@ -162,16 +168,16 @@ fn read_line(from: &mut (impl Read + AsFd), line: &mut Vec<u8>) -> io::Result<()
     Ok(())
 }
 
-/// Waits until there is something to read, or the end. False after the time.
-fn wait(fd: BorrowedFd<'_>, time: Duration) -> io::Result<bool> {
-    let until = Instant::now() + time;
+/// Waits until there is something to read, or the end. False after the time, if there is one.
+fn wait(fd: BorrowedFd<'_>, time: Option<Duration>) -> io::Result<bool> {
+    let until = time.map(|time| Instant::now() + time);
     loop {
-        let rest = until.saturating_duration_since(Instant::now());
-        let time = Timespec {
+        let rest = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let time = rest.map(|rest| Timespec {
             tv_sec: i64::try_from(rest.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: rest.subsec_nanos().into(),
-        };
-        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&time)) {
+        });
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], time.as_ref()) {
             Ok(0) => return Ok(false),
             Ok(_) => return Ok(true),
             Err(Errno::INTR) => {}
@@ -197,19 +203,22 @@ pub fn guard_main() -> ExitCode {
     if output.write_all(READY).and_then(|()| output.flush()).is_err() {
         return ExitCode::FAILURE;
     }
-    let mut time = limit;
+    let mut time = None;
     loop {
         match wait(input.as_fd(), time) {
-            Ok(false) => time = AGAIN,
+            Ok(false) | Err(_) => time = Some(AGAIN),
             Ok(true) => {
                 let mut byte = [0];
-                if matches!(input.read(&mut byte), Ok(1)) && byte == [DONE] {
-                    return ExitCode::SUCCESS;
+                match input.read(&mut byte) {
+                    Ok(1) if byte == [BEGIN] => {
+                        time = Some(limit);
+                        continue;
+                    }
+                    Ok(1) if byte == [DONE] => {}
+                    _ => thaw(&mounts),
                 }
-                thaw(&mounts);
                 return ExitCode::SUCCESS;
             }
-            Err(_) => time = AGAIN,
         }
         thaw(&mounts);
     }

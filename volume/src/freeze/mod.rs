@@ -122,9 +122,10 @@ impl FrozenGroup {
         let sync = || at_once(&opened, Mount::sync).into_iter().collect::<Result<()>>();
         sync()?;
         let paths = opened.iter().map(|mount| mount.path.as_path());
-        let guard = Guard::start(command, paths, limit)?;
+        let mut guard = Guard::start(command, paths, limit)?;
         prepare()?;
         sync()?;
+        guard.begin()?;
         let since = Instant::now();
         let results = at_once(&opened, Mount::freeze);
         let mut group = Self { frozen: Vec::with_capacity(opened.len()), guard, since };
@@ -152,10 +153,14 @@ impl FrozenGroup {
     pub fn thaw(mut self) -> Result<Duration> {
         let result = self.thaw_frozen();
         let pause = self.since.elapsed();
-        self.guard.dismiss();
+        if matches!(result, Ok(()) | Err(Error::Thawed { .. })) {
+            self.guard.dismiss();
+        }
+        // Else the guard tries as well, when its pipe closes now.
         result.map(|()| pause)
     }
 
+    /// Of several errors, one that leaves a file system frozen is given.
     fn thaw_frozen(&mut self) -> Result<()> {
         let frozen = std::mem::take(&mut self.frozen);
         let mut first = Ok(());
@@ -173,7 +178,9 @@ impl FrozenGroup {
                 }
                 Err(error) => error,
             };
-            first = first.and(Err(result));
+            if matches!(first, Ok(()) | Err(Error::Thawed { .. })) {
+                first = Err(result);
+            }
         }
         first
     }
@@ -228,11 +235,10 @@ fn at_once<T: Send>(mounts: &[Mount], work: impl Fn(&Mount) -> Result<T> + Sync)
                 .iter()
                 .map(|mount| thread::Builder::new().spawn_scoped(scope, move || work(mount)))
                 .collect();
-            let ended = running.into_iter().map(|thread| match thread {
+            let ended = running.into_iter().zip(mounts).map(|(thread, mount)| match thread {
                 Ok(thread) => thread.join().map_err(|_| Error::Internal("a thread panicked"))?,
-                Err(cause) => {
-                    Err(Error::Io { action: "start a thread for", path: "/".into(), cause })
-                }
+                // There are too many: it takes longer, but none may stay frozen for that.
+                Err(_) => work(mount),
             });
             ended.collect()
         }),
