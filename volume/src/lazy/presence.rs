@@ -24,7 +24,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use memmap2::MmapRaw;
 use petra_engine::SnapshotId;
@@ -164,6 +164,8 @@ pub struct Presence<M = File> {
     /// Pages with bits that the durable copy may lack.
     dirty: Vec<AtomicBool>,
     /// Held while syncing.
+    /// Held to set bits together with their marks, by any number; alone to take all that is marked.
+    setting: RwLock<()>,
     durable: Mutex<Durable<M>>,
 }
 
@@ -307,6 +309,7 @@ impl<M: Medium> Presence<M> {
             map,
             present: AtomicU64::new(0),
             dirty: (0..pages).map(|_| AtomicBool::new(false)).collect(),
+            setting: RwLock::default(),
             durable: Mutex::new(durable),
         };
         presence.take_stock(&bits, &torn);
@@ -402,13 +405,15 @@ impl<M: Medium> Presence<M> {
             let count = (64 - first).min(blocks.end - at);
             let mask = (u64::MAX >> (64 - count)) << first;
             if let Some(place) = self.words().get(word) {
+                // A sync comes before both or after both: whoever has seen the bit relies on it, and on its mark.
+                let setting = self.setting.read().unwrap_or_else(PoisonError::into_inner);
                 let before = place.fetch_or(mask, Ordering::AcqRel);
                 let new = u64::from((mask & !before).count_ones());
                 if new > 0 {
-                    // After the bit: a sync that clears the mark sees the bit, or finds the mark again.
                     self.mark(word);
                     self.present.fetch_add(new, Ordering::Relaxed);
                 }
+                drop(setting);
             }
             at += count;
         }
@@ -418,12 +423,14 @@ impl<M: Medium> Presence<M> {
     pub fn sync(&self, sync_data: impl FnOnce() -> io::Result<()>, image: &Path) -> Result<()> {
         let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
         let mut pages: Vec<(usize, Vec<u64>)> = Vec::new();
+        let setting = self.setting.write().unwrap_or_else(PoisonError::into_inner);
         for (page, dirty) in self.dirty.iter().enumerate() {
             if dirty.swap(false, Ordering::AcqRel) {
                 let words = self.words().iter().skip(page * WORDS).take(WORDS);
                 pages.push((page, words.map(|word| word.load(Ordering::Acquire)).collect()));
             }
         }
+        drop(setting);
         let result = sync_data().map_err(Error::io("sync", image)).and_then(|()| {
             let written = pages
                 .iter()
