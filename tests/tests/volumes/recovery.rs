@@ -161,6 +161,29 @@ fn growth_goes_on_after_a_crash() {
     }
 }
 
+#[test]
+fn growth_goes_on_after_a_crash_while_it_is_mounted() {
+    // A mounted ext4 needs more privileges than a test may have.
+    for filesystem in [Filesystem::Xfs, Filesystem::Btrfs] {
+        let Some(lab) = TestPool::new(petra_volume::BackendKind::Xfs) else { return };
+        let volume = lab.create("v", 320 * MIB, filesystem);
+        let mut locked = volume.lock().unwrap();
+        locked.mount(&lab.path("at"), false).unwrap();
+        let grown = |state: &mut petra_volume::pool::VolumeState| {
+            state.size_bytes = 512 * MIB;
+            state.grow_filesystem = true;
+        };
+        locked.change(grown).unwrap();
+        // As after the crash of a driver: the pod is still there, and another one starts.
+        locked.mount(&lab.path("at"), false).unwrap();
+        let space = volume.stats().unwrap().filesystem_space.unwrap();
+        assert!(space.total_bytes > 400 * MIB, "{filesystem}: {space:?}");
+        assert!(!locked.state().grow_filesystem);
+        locked.unmount().unwrap();
+        locked.detach().unwrap();
+    }
+}
+
 /// kill -9 in the midst of everything: after recovery there are whole volumes and no rubbish.
 #[test]
 fn a_process_that_is_killed() {

@@ -147,6 +147,7 @@ impl LockedVolume {
         let size_bytes = self.state.size_bytes;
         if len_bytes < size_bytes && self.state.grow_filesystem {
             self.set_image_size(size_bytes)?;
+            self.resize_devices()?;
             return self.end_growth_of_raw();
         }
         if len_bytes != size_bytes {

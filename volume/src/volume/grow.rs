@@ -34,7 +34,8 @@ impl LockedVolume {
         Err(Error::Request(format!("{volume} can't be given {size_bytes} bytes: {wrong}")))
     }
 
-    fn grow_to(&mut self, size_bytes: u64) -> Result<()> {
+    /// Also what is left of it when it has that size already.
+    pub(super) fn grow_to(&mut self, size_bytes: u64) -> Result<()> {
         let more_bytes = size_bytes - self.state.size_bytes;
         if more_bytes > 0 {
             let _list = self.volume.pool.lock_list()?;
@@ -50,9 +51,7 @@ impl LockedVolume {
         if self.state.lazy.is_none() {
             self.set_image_size(size_bytes)?;
         }
-        for (device, _) in self.volume.attachments()? {
-            device.follow_size().map_err(Error::io("resize", device.path()))?;
-        }
+        self.resize_devices()?;
         if self.state.grow_filesystem { self.grow_mounted() } else { Ok(()) }
     }
 
@@ -66,6 +65,14 @@ impl LockedVolume {
         self.change(|state| state.grow_filesystem = false)
     }
 
+    /// Gives the volume's devices the size of its image.
+    pub(super) fn resize_devices(&self) -> Result<()> {
+        for (device, _) in self.volume.attachments()? {
+            device.follow_size().map_err(Error::io("resize", device.path()))?;
+        }
+        Ok(())
+    }
+
     pub(super) fn set_image_size(&self, size_bytes: u64) -> Result<()> {
         let path = self.volume.image();
         let image = File::options().write(true).open(&path).map_err(Error::io("open", &path))?;
@@ -75,7 +82,7 @@ impl LockedVolume {
 
     /// Makes the file system of the volume as large as the volume. One that nobody has mounted for writing grows at the next
     /// mount.
-    pub(super) fn grow_mounted(&mut self) -> Result<()> {
+    fn grow_mounted(&mut self) -> Result<()> {
         let Some(mount) = self.writable_mount()? else { return self.end_growth_of_raw() };
         let size_bytes = self.state.size_bytes;
         let top = File::open(&mount.at).map_err(Error::io("open", &mount.at))?;

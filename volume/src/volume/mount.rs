@@ -77,7 +77,7 @@ impl LockedVolume {
         if !self.state.grow_filesystem || options.is_read_only() {
             return Ok(());
         }
-        match self.grow_mounted() {
+        match self.grow_to(self.state.size_bytes) {
             // It grows at the next mount.
             Err(Error::Unsupported { .. }) => Ok(()),
             grown => grown,
@@ -108,7 +108,7 @@ impl LockedVolume {
         mount()?;
         self.change(|state| state.wanted.mounted_at = Some(at.clone()))?;
         if self.state.grow_filesystem && !options.is_read_only() {
-            match self.grow_mounted() {
+            match self.grow_to(self.state.size_bytes) {
                 Err(Error::Unsupported { .. }) if filesystem == Filesystem::Ext4 => {
                     mounts::unmount(&at).map_err(Error::io("unmount", &at))?;
                     self.grow_unmounted_ext4(&device)?;

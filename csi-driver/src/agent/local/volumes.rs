@@ -411,10 +411,12 @@ fn size_of(asked_bytes: u64, source_bytes: Option<u64>) -> Result<u64, Status> {
 /// Makes a volume at least this large.
 fn grow(locked: &mut LockedVolume, asked_bytes: u64) -> Result<(), Failed> {
     let state = locked.state();
-    if asked_bytes <= state.size_bytes {
+    let has_size = asked_bytes <= state.size_bytes;
+    // The call before may have ended between the volume and its file system.
+    if has_size && (!state.grow_filesystem || state.lazy.is_some()) {
         return Ok(());
     }
-    let size_bytes = size_of(asked_bytes, None)?;
+    let size_bytes = if has_size { state.size_bytes } else { size_of(asked_bytes, None)? };
     if !locked.become_plain()? {
         let volume = locked.volume();
         if locked.state().lazy.as_ref().is_some_and(|lazy| !lazy.hydrated) {
