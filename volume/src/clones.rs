@@ -209,17 +209,12 @@ async fn create_volume(pool: &Pool, request: CreateRequest) -> Result<Volume> {
 
 /// Deletes a volume. If it is a lazy clone, its pin stays noted in the pool until [`pins::settle`] has ended it.
 pub fn delete(volume: LockedVolume, copies_matter: bool) -> Result<()> {
-    let noted = match &volume.state().lazy {
+    // If it stays after all, settling forgets the note.
+    let _noted = match &volume.state().lazy {
         Some(lazy) if !lazy.hydrated => Some(pins::note_end(volume.volume().pool(), lazy)?),
         _ => None,
     };
-    let deleted = volume.delete(copies_matter);
-    if deleted.is_err()
-        && let Some(noted) = noted
-    {
-        noted.forget()?;
-    }
-    deleted.map(|_| ())
+    volume.delete(copies_matter).map(|_| ())
 }
 
 impl LockedVolume {

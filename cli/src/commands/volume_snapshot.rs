@@ -147,6 +147,13 @@ impl GoOn {
             let mut opened = match Upload::open_within(&pool, id, wait) {
                 // Another process is at it, or has just ended it.
                 Err(Error::Busy { .. } | Error::Unknown { .. }) if self.ids.is_empty() => continue,
+                // One that can't be read must not keep others waiting either.
+                Err(error) if self.ids.is_empty() => {
+                    let failure = Failure::from(error);
+                    session.out.warn(&format!("upload {id}: {}", failure.message));
+                    failed = failed.or(Some(failure));
+                    continue;
+                }
                 opened => opened?,
             };
             if self.give_up {

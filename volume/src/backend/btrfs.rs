@@ -73,13 +73,20 @@ impl Backend for Btrfs {
     fn delete(&self, dir: &Path) -> Result<()> {
         match btrfs::is_subvolume(dir) {
             Ok(true) => {
-                btrfs::delete_subvolume(dir).map_err(Error::io("delete subvolume", dir))?;
+                match btrfs::delete_subvolume(dir) {
+                    // Recovery, in another process, was faster.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    deleted => deleted.map_err(Error::io("delete subvolume", dir))?,
+                }
                 // Wakes the cleaner, which gives the room back: else it begins at any time in the next 30 seconds, in the
                 // midst of a freeze maybe.
                 self.reclaim(files::parent(dir))
             }
             // A creation that ended before there was a subvolume.
-            Ok(false) => std::fs::remove_dir_all(dir).map_err(Error::io("delete", dir)),
+            Ok(false) => match std::fs::remove_dir_all(dir) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                deleted => deleted.map_err(Error::io("delete", dir)),
+            },
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(Error::io("look at", dir)(error)),
         }

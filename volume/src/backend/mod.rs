@@ -69,8 +69,9 @@ pub trait Backend: Send + Sync + fmt::Debug {
     fn begin_copy(&self, live: &Path, copy: &Path) -> Result<Box<dyn PendingCopy>>;
 
     /// True for a copy that was published, false for what is left of one that was not.
-    fn is_whole(&self, copy: &Path) -> bool {
-        copy.join(IMAGE).exists()
+    fn is_whole(&self, copy: &Path) -> Result<bool> {
+        let image = copy.join(IMAGE);
+        image.try_exists().map_err(Error::io("look at", image))
     }
 
     /// Makes a live directory from a copy: writable, and by reference.

@@ -82,7 +82,11 @@ impl Backend for Xfs {
             files::clear_flag(&image, IFlags::IMMUTABLE)
                 .map_err(Error::io("make deletable", &path))?;
             // Whoever finds half of it after a crash is not to take it for whole.
-            std::fs::rename(&path, &partial).map_err(Error::io("rename", &path))?;
+            match std::fs::rename(&path, &partial) {
+                // Recovery, in another process, was faster.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                renamed => renamed.map_err(Error::io("rename", &path))?,
+            }
         }
         if let Some(image) = open_if_there(&partial)? {
             files::clear_flag(&image, IFlags::IMMUTABLE)

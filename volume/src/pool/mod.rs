@@ -91,8 +91,13 @@ impl Pool {
     /// Finds a volume.
     pub fn volume(&self, name: &Name) -> Result<Volume> {
         let volume = Volume::at(self.clone(), name.clone());
-        if volume.directory().is_dir() {
-            return Ok(volume);
+        let path = volume.directory();
+        match path.metadata() {
+            Ok(found) if found.is_dir() => return Ok(volume),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("look at", path)(error));
+            }
+            _ => {}
         }
         let known = self.names()?.iter().take(KNOWN).map(ToString::to_string).collect();
         Err(Error::Unknown {

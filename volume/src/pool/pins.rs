@@ -78,7 +78,10 @@ impl Pool {
         let write = || {
             let mut file =
                 File::options().read(true).write(true).create(true).truncate(true).open(&draft)?;
-            files::try_lock(&file)?;
+            if !files::try_lock(&file)? {
+                // Somebody takes it for left behind, and is about to delete it.
+                return Err(std::io::ErrorKind::ResourceBusy.into());
+            }
             file.write_all(&serde_json::to_vec_pretty(&note)?)?;
             file.sync_all()?;
             std::fs::rename(&draft, &path)?;
@@ -107,8 +110,15 @@ impl Pool {
             if name.as_encoded_bytes().starts_with(b".") {
                 // Whoever wrote it died before the pin was taken.
                 let _ = std::fs::remove_file(&path);
-            } else if let Some(note) = state::read::<Note>(&path)? {
-                noted.push(NotedPin { note, path, _lock: file });
+                continue;
+            }
+            match state::read::<Note>(&path) {
+                Ok(Some(note)) => noted.push(NotedPin { note, path, _lock: file }),
+                Ok(None) => {}
+                // It must not keep others from being ended.
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "a note of a pin can't be read")
+                }
             }
         }
         Ok(noted)

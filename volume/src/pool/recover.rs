@@ -199,7 +199,7 @@ impl LockedVolume {
             recovery.done.push(Recovered::DeletedCopy { volume: volume.name().to_string(), path });
         }
         for copy in named {
-            if !backend.is_whole(&volume.copy(copy)) {
+            if !backend.is_whole(&volume.copy(copy))? {
                 self.delete_copy(copy)?;
                 let volume = volume.name().to_string();
                 recovery.done.push(Recovered::ForgotCopy { volume, copy });

@@ -214,7 +214,11 @@ impl Upload {
 
     async fn upload(&mut self, repo: &Repository, ctx: &Context) -> Result<SnapshotRecord> {
         let mut committed = match self.state.committed {
-            Some(id) => Some(repo.find(&SnapshotRef::Id(id)).await?),
+            // It may have been deleted since.
+            Some(id) => match repo.committed(id).await? {
+                Some(record) => Some(record),
+                None => Some(repo.find(&SnapshotRef::Id(id)).await?),
+            },
             None => self.settle(repo, ctx).await?,
         };
         if committed.is_none() {
