@@ -156,8 +156,13 @@ impl Controller {
         if let Some((uploading, cut)) = self.uploading(&wanted).await? {
             let _changing = self.changing_snapshot(cut.id)?;
             // Goes on with it if nobody does.
-            uploading.take_snapshot(request).await?;
-            return Ok(cut);
+            let going_on = TakeSnapshotRequest { go_on: true, ..request.clone() };
+            match uploading.take_snapshot(going_on).await {
+                Ok(_) => return Ok(cut),
+                // It has just ended, so the snapshot is there; or it was given up.
+                Err(status) if status.code() == Code::NotFound => {}
+                Err(status) => return Err(status),
+            }
         }
         let url: RepositoryUrl = repository.parse().map_err(failure::of_engine)?;
         if let Some(cut) = self.uploaded(&wanted, &url).await? {
@@ -284,6 +289,7 @@ impl Controller {
             labels: place.labels.clone().into_iter().collect(),
             metadata,
             members,
+            go_on: false,
         };
         Ok((request, place))
     }

@@ -200,6 +200,7 @@ impl Repo {
             labels: HashMap::from([("step".to_owned(), "train".to_owned())]),
             metadata: HashMap::from([(CSI_NAME.to_owned(), name.to_owned())]),
             members: volumes.iter().map(member).collect(),
+            go_on: false,
         }
     }
 

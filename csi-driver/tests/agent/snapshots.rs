@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use petra_csi::agent::{CSI_NAME, NodeAgent};
+use petra_csi::agent::{CSI_NAME, NodeAgent, TakeSnapshotRequest};
 use petra_engine::url::Item;
 use petra_tests::pool::hash;
 use petra_tests::s3::InProcessS3;
@@ -47,6 +47,10 @@ async fn a_snapshot_is_taken_once_and_uploaded_in_the_background() {
     assert_eq!(snapshot.labels["step"], "train");
     let names: Vec<&str> = snapshot.volumes.iter().map(|volume| volume.name.as_str()).collect();
     assert_eq!(names, ["as a", "as b"]);
+    // Who only wanted it to go on does not get another one.
+    let going_on = TakeSnapshotRequest { go_on: true, ..repo.take("s", &["a", "b"]) };
+    let ended = agent.take_snapshot(going_on).await.unwrap_err();
+    assert_eq!(ended.code(), Code::NotFound, "{ended}");
 
     let nameless = {
         let mut take = repo.take("t", &["a"]);

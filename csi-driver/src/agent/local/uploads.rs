@@ -44,6 +44,9 @@ impl LocalAgent {
             self.begin_upload_of_nobody(found.id).await?;
             return self.describe(found).await;
         }
+        if request.go_on {
+            return Err(Status::not_found(format!("no upload of snapshot {csi_name}")));
+        }
         // What is wrong with the repository should show before anything is frozen.
         self.open(&repository).await?;
         // Before there is a snapshot that would be in no list. Nothing else depends on it.
