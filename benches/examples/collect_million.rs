@@ -235,10 +235,6 @@ impl Store for Synthetic {
         Ok(Page { entries, more: true })
     }
 
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        self.small.list_folders(prefix).await
-    }
-
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         match key.as_str().strip_prefix("packs/").and_then(|id| id.parse().ok()) {
             Some(pack) => {

@@ -155,11 +155,6 @@ impl Store for Synthetic {
         self.small.list(prefix, after).await
     }
 
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        self.lists.fetch_add(1, Ordering::Relaxed);
-        self.small.list_folders(prefix).await
-    }
-
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         self.small.delete(key).await
     }

@@ -183,10 +183,6 @@ impl Store for CheckedStore {
         self.inner.list(prefix, after).await
     }
 
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        self.inner.list_folders(prefix).await
-    }
-
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         self.check()?;
         self.inner.delete(key).await

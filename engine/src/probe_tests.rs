@@ -126,10 +126,6 @@ impl Store for Lax {
         self.inner.list(prefix, after).await
     }
 
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        self.inner.list_folders(prefix).await
-    }
-
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         self.note("delete", key);
         self.inner.delete(key).await

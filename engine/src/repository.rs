@@ -23,7 +23,7 @@ use crate::record::{
     CatalogueEntry, Cipher, Config, Decision, Encryption, SnapshotRecord, Writers, kind,
 };
 use crate::relocation::RelocationCache;
-use crate::store::{Entry, Store, StoreErrorCause, list_all};
+use crate::store::{Entry, Store, StoreErrorCause, list_all, list_each};
 use crate::url::{Item, Selector, SnapshotRef};
 
 /// Requests in flight while many small objects are read.
@@ -437,17 +437,23 @@ impl Repository {
         Ok(entries.into_iter().filter_map(parse_listed).collect())
     }
 
+    /// The sessions that are decided, as far as that is not in a grave.
+    pub(crate) async fn decided(&self) -> Result<BTreeSet<SnapshotId>> {
+        let mut decided = BTreeSet::new();
+        list_each(self.store(), key::SNAPS, |entry| {
+            decided.extend(key::parse_id(&entry.key, key::SNAPS));
+        })
+        .await?;
+        Ok(decided)
+    }
+
     /// Sessions of the catalogue below a prefix that are decided and not deleted, by listings alone.
     async fn listed(&self, prefix: &str) -> Result<Vec<Listed>> {
         let mut listed = self.catalogue(prefix).await?;
         if listed.is_empty() {
             return Ok(listed);
         }
-        let decided: HashSet<SnapshotId> = list_all(&*self.store, key::SNAPS)
-            .await?
-            .iter()
-            .filter_map(|entry| key::parse_id(&entry.key, key::SNAPS))
-            .collect();
+        let decided = self.decided().await?;
         let sessions: HashSet<SnapshotId> = listed.iter().map(|entry| entry.session).collect();
         let marks = self.last_marks().await?.into_iter().filter(|(id, _)| sessions.contains(id));
         let read = marks.map(|(id, k)| async move { (id, self.hides(id, k).await) });

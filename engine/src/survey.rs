@@ -45,10 +45,11 @@ impl Survey {
     /// or removed: an entry is there before its commit, and goes only after a mark.
     pub async fn read(repo: &Repository, ctx: &Context) -> Result<Self> {
         let store = repo.store();
-        let decided = list_all(store, key::SNAPS).await?.into_iter();
-        let decided: Vec<SnapshotId> =
-            decided.filter_map(|entry| key::parse_id(&entry.key, key::SNAPS)).collect();
-        let read = decided.into_iter().map(|id| async move { (id, repo.decision(id).await) });
+        let read = repo
+            .decided()
+            .await?
+            .into_iter()
+            .map(|id| async move { (id, repo.decision(id).await) });
         let decisions = told_apart(read, ctx).await?.into_iter().collect();
         let entries = repo.catalogue(key::RUNS).await?.into_iter();
         let read = entries.map(|entry| async move {
@@ -60,8 +61,7 @@ impl Survey {
         let read = last.map(|(id, k)| async move { ((id, k), repo.read_mark(id, k).await) });
         let marks = told_apart(read, ctx).await?.into_iter();
         let marks = marks.map(|((id, k), state)| (id, (k, state))).collect();
-        let ended = list_all(store, key::ENDS).await?;
-        let ended = ended.iter().filter_map(|entry| key::parse_id(&entry.key, key::ENDS)).collect();
+        let ended = repo.ended().await?;
         let pins = list_all(store, key::PINS).await?.into_iter().filter_map(|entry| {
             let owner = key::parse_numbered(&entry.key, key::PINS)?.session;
             Some((owner, Key::from_listing(entry.key)))

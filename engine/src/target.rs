@@ -31,6 +31,16 @@ pub trait Sink: Send + Sync + fmt::Debug {
     fn settled(&self, _before: u64) {}
 }
 
+/// Takes everything and keeps nothing.
+#[derive(Debug)]
+pub(crate) struct Nowhere;
+
+impl Sink for Nowhere {
+    fn write_at(&self, _: &[u8], _: u64) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// How much is settled between two starts of writing out.
 const WRITEBACK_BYTES: u64 = 128 << 20;
 

@@ -30,7 +30,7 @@ use crate::restore::{ByteRange, Restore, join};
 use crate::sample::Sample;
 use crate::store::list_all;
 use crate::survey::Survey;
-use crate::target::Sink;
+use crate::target::{Nowhere, Sink};
 use crate::tree::{self, SegmentLeaf};
 use crate::url::Item;
 
@@ -490,15 +490,5 @@ fn keep_frames(leaf: &mut Leaf, keep: impl Fn(&FrameLocation) -> bool) {
         {
             *extent = Extent::Zero { len: chunk.len };
         }
-    }
-}
-
-/// Takes everything and keeps nothing.
-#[derive(Debug)]
-struct Nowhere;
-
-impl Sink for Nowhere {
-    fn write_at(&self, _: &[u8], _: u64) -> Result<()> {
-        Ok(())
     }
 }

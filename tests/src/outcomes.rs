@@ -18,7 +18,6 @@ pub async fn causes(store: &dyn Store) -> Vec<(&'static str, Result<(), StoreErr
         ("put", store.put(&key, body()).await.map_err(cause)),
         ("create", store.create(&key, body()).await.map(drop).map_err(cause)),
         ("list", store.list("snaps/", None).await.map(drop).map_err(cause)),
-        ("list_folders", store.list_folders("").await.map(drop).map_err(cause)),
         ("delete", store.delete(&key).await.map_err(cause)),
     ]
 }

@@ -23,7 +23,7 @@ pub enum Operation {
     Put,
     /// [`Store::create`].
     Create,
-    /// [`Store::list`] and [`Store::list_folders`].
+    /// [`Store::list`].
     List,
     /// [`Store::delete`].
     Delete,
@@ -241,10 +241,6 @@ impl Store for Recording {
 
     async fn list(&self, prefix: &str, after: Option<&str>) -> Result<Page, StoreError> {
         self.run(Operation::List, prefix, 0, self.inner.list(prefix, after)).await
-    }
-
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        self.run(Operation::List, prefix, 0, self.inner.list_folders(prefix)).await
     }
 
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {

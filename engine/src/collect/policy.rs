@@ -1,6 +1,6 @@
 //! What time decides: grace and silence. Safety does not depend on it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::{CollectOptions, CollectReport};
@@ -58,11 +58,7 @@ pub(super) async fn abort_silent(
     ctx: &Context,
 ) -> Result<Vec<SnapshotId>> {
     let graves = repo.graves().await?;
-    let mut decided = BTreeSet::new();
-    list_each(repo.store(), key::SNAPS, |entry| {
-        decided.extend(key::parse_id(&entry.key, key::SNAPS));
-    })
-    .await?;
+    let decided = repo.decided().await?;
     let mut last_seen: BTreeMap<SnapshotId, u64> = BTreeMap::new();
     let mut see = |session: Option<SnapshotId>, entry: &Entry| {
         let Some(session) = session else { return };

@@ -73,11 +73,7 @@ impl View {
         let graves = repo.graves().await?;
         // 2: marks and ends.
         let marks = repo.marks().await?;
-        let mut ended = BTreeSet::new();
-        list_each(repo.store(), key::ENDS, |entry| {
-            ended.extend(key::parse_id(&entry.key, key::ENDS));
-        })
-        .await?;
+        let ended = repo.ended().await?;
         // 3: pins.
         let mut pins = Vec::new();
         list_each(repo.store(), key::PINS, |entry| {
@@ -94,11 +90,7 @@ impl View {
             }
         }
         // 4: decisions.
-        let mut decided = BTreeSet::new();
-        list_each(repo.store(), key::SNAPS, |entry| {
-            decided.extend(key::parse_id(&entry.key, key::SNAPS));
-        })
-        .await?;
+        let decided = repo.decided().await?;
         let mut view = Self {
             graves,
             marks,

@@ -15,7 +15,7 @@ use crate::name::Name;
 use crate::record::{SnapshotRecord, VolumeRecord};
 use crate::repository::Repository;
 use crate::restore::{Restore, join};
-use crate::target::Sink;
+use crate::target::{Nowhere, Sink};
 use crate::tree;
 use crate::verify::{Affected, Problem, describe};
 use crate::workers::Workers;
@@ -311,14 +311,4 @@ async fn each_leaf(
         }
     }
     Ok(())
-}
-
-/// Takes everything and keeps nothing.
-#[derive(Debug)]
-struct Nowhere;
-
-impl Sink for Nowhere {
-    fn write_at(&self, _: &[u8], _: u64) -> Result<()> {
-        Ok(())
-    }
 }

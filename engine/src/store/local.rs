@@ -214,11 +214,6 @@ impl Store for LocalStore {
         self.run("list", prefix, move |directory| directory.list(&within, &after)).await
     }
 
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        let within = prefix.to_owned();
-        self.run("list", prefix, move |directory| directory.list_folders(&within)).await
-    }
-
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         let name = key.to_string();
         self.run("delete", key.as_str(), move |directory| directory.delete(&name)).await

@@ -107,18 +107,6 @@ impl Store for MemoryStore {
         Ok(Page { entries, more: false })
     }
 
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        let objects = self.objects();
-        let mut folders: Vec<String> = objects
-            .range(prefix.to_owned()..)
-            .map_while(|(key, _)| key.strip_prefix(prefix))
-            .filter_map(|rest| rest.split_once('/').map(|(folder, _)| folder.to_owned()))
-            .collect();
-        folders.sort_unstable();
-        folders.dedup();
-        Ok(folders)
-    }
-
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         self.objects().remove(key.as_str());
         Ok(())

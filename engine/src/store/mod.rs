@@ -80,10 +80,6 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// has `more == false`.
     async fn list(&self, prefix: &str, after: Option<&str>) -> Result<Page, StoreError>;
 
-    /// Names directly below `prefix` (which ends in `/`) that have objects below them: the part of the keys up to
-    /// the next `/`, without it. In byte order of the names (`a` before `a.b`, although `a.b/` comes before `a/`).
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError>;
-
     /// Removes an object. Removing one that is not there succeeds.
     async fn delete(&self, key: &Key) -> Result<(), StoreError>;
 

@@ -257,31 +257,6 @@ impl Store for S3Store {
         }
     }
 
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        let within = self.object(prefix);
-        let mut folders = Vec::new();
-        let mut token = None;
-        loop {
-            let request =
-                self.client.list_objects_v2().bucket(&self.location.bucket).max_keys(PAGE);
-            let request = request.prefix(&within).delimiter("/").set_continuation_token(token);
-            let page = request
-                .send()
-                .await
-                .map_err(|error| self.error("list", prefix, failure::of(&error)))?;
-            let found = page.common_prefixes().iter().filter_map(|folder| folder.prefix());
-            let names = found.filter_map(|folder| folder.strip_prefix(&within)?.strip_suffix('/'));
-            folders.extend(names.map(str::to_owned));
-            token = page.next_continuation_token;
-            if !page.is_truncated.unwrap_or_default() || token.is_none() {
-                break;
-            }
-        }
-        folders.sort_unstable();
-        folders.dedup();
-        Ok(folders)
-    }
-
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         let request = self.client.delete_object().bucket(&self.location.bucket);
         match request.key(self.object(key.as_str())).send().await {

@@ -182,19 +182,6 @@ impl Store for SimulatedStore {
         Ok(Page { entries, more: false })
     }
 
-    async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
-        let folders = |state: &State| {
-            let rest = |key: &String| {
-                let (folder, _) = key.strip_prefix(prefix)?.split_once('/')?;
-                Some(folder.to_owned())
-            };
-            let folders: BTreeSet<String> =
-                state.matching(prefix, None).keys().filter_map(rest).collect();
-            Some(folders.into_iter().collect())
-        };
-        self.read("list_folders", prefix, folders).await
-    }
-
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         self.write("delete", key, Change::Delete).await.map(|_| ())
     }

@@ -134,10 +134,9 @@ pub async fn listings_are_in_byte_order_of_keys(store: Shared) {
     }
 }
 
-/// S3 gives at most 1000 keys or folders at a time.
+/// S3 gives at most 1000 keys at a time.
 pub async fn long_listings_come_in_full(store: Shared) {
-    let folders: Vec<String> = (0..1050).map(|n| format!("{n:04}")).collect();
-    let sorted: Vec<String> = folders.iter().map(|folder| format!("pins/{folder}/1")).collect();
+    let sorted: Vec<String> = (0..1050).map(|n| format!("pins/{n:04}/1")).collect();
     put_all(&store, sorted.iter().map(String::as_str)).await;
     put_all(&store, ["marks/x", "top"]).await;
     assert_eq!(keys(&store, "pins/", None).await, sorted);
@@ -145,29 +144,6 @@ pub async fn long_listings_come_in_full(store: Shared) {
     assert_eq!(keys(&store, "pins/", Some("pins/0049/2")).await, sorted[50..]);
     assert_eq!(keys(&store, "pins/", Some("pins/1049/1")).await, <[&str; 0]>::default());
     assert_eq!(keys(&store, "", None).await.len(), 1052);
-    assert_eq!(store.list_folders("pins/").await.unwrap(), folders);
-}
-
-pub async fn folders_are_what_holds_objects(store: Shared) {
-    put_all(
-        &store,
-        [
-            "runs/a b/x/1",
-            "runs/a/x/1",
-            "runs/a/x/2",
-            "runs/a/y/1",
-            "runs/a.b/z/1",
-            "runs/file",
-            "config",
-        ],
-    )
-    .await;
-    assert_eq!(store.list_folders("runs/").await.unwrap(), ["a", "a b", "a.b"]);
-    assert_eq!(store.list_folders("runs/a/").await.unwrap(), ["x", "y"]);
-    assert_eq!(store.list_folders("").await.unwrap(), ["runs"]);
-    assert_eq!(store.list_folders("none/").await.unwrap(), <[&str; 0]>::default());
-    store.delete(&key("runs/a/y/1")).await.unwrap();
-    assert_eq!(store.list_folders("runs/a/").await.unwrap(), ["x"]);
 }
 
 pub async fn keys_are_taken_literally(store: Shared) {
@@ -182,8 +158,6 @@ pub async fn keys_are_taken_literally(store: Shared) {
     sorted.sort_unstable();
     put_all(&store, sorted).await;
     assert_eq!(keys(&store, "runs/", None).await, sorted);
-    let folders = sorted.map(|key| key.split('/').nth(1).unwrap());
-    assert_eq!(store.list_folders("runs/").await.unwrap(), folders);
     for name in sorted {
         assert_eq!(store.get(&key(name)).await.unwrap(), name);
         assert_eq!(store.get_range(&key(name), 1..3).await.unwrap(), name[1..3]);
@@ -204,7 +178,7 @@ pub async fn deleting_twice_is_fine(store: Shared) {
         store.delete(&key(absent)).await.unwrap();
     }
     store.delete(&key("pins/a/2")).await.unwrap();
-    assert_eq!(store.list_folders("").await.unwrap(), <[&str; 0]>::default());
+    assert_eq!(keys(&store, "", None).await, <[&str; 0]>::default());
     assert_eq!(store.create(&key("pins/a/1"), body(3)).await.unwrap(), Creation::Created);
 }
 

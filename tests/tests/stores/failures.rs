@@ -77,7 +77,7 @@ fn no_credentials() {
     let said = String::from_utf8(output.stdout).unwrap();
     let (on_aws, here): (Vec<&str>, Vec<&str>) =
         said.lines().partition(|line| line.starts_with("on AWS"));
-    assert_eq!(here.len(), 7, "{said}");
+    assert_eq!(here.len(), 6, "{said}");
     assert!(here.iter().all(|line| line.ends_with(": Credentials")), "{said}");
     assert!(on_aws.len() == 1 && on_aws[0].contains("no region"), "{said}");
 }

@@ -51,10 +51,6 @@ proptest! {
                 let name = which.get(&keys);
                 let prefix = &name[..cut.index(name.len() + 1)];
                 let folder = prefix.rfind('/').map_or("", |end| &prefix[..=end]);
-                prop_assert_eq!(
-                    local.list_folders(folder).await.unwrap(),
-                    memory.list_folders(folder).await.unwrap()
-                );
                 for after in [None, Some(name.as_str()), Some(prefix), Some(folder), Some(other.as_str())] {
                     let there = local.list(prefix, after).await.unwrap();
                     let expected = memory.list(prefix, after).await.unwrap();

@@ -88,7 +88,6 @@ macro_rules! basics {
             ranges_end_where_the_object_does,
             listings_are_in_byte_order_of_keys,
             long_listings_come_in_full,
-            folders_are_what_holds_objects,
             keys_are_taken_literally,
             deleting_twice_is_fine,
             the_first_create_stays,

@@ -24,21 +24,6 @@ impl Directory {
         Ok(listing.page)
     }
 
-    pub(super) fn list_folders(&self, prefix: &str) -> io::Result<Vec<String>> {
-        self.check()?;
-        let mut folders = Vec::new();
-        for name in self.sorted_names(prefix)? {
-            // A folder that a delete has emptied may be there still, or again.
-            if let Some(folder) = name.strip_suffix('/')
-                && self.holds_objects(&format!("{prefix}{name}"))?
-            {
-                folders.push(folder.to_owned());
-            }
-        }
-        folders.sort_unstable();
-        Ok(folders)
-    }
-
     /// The names in a folder (empty, or ending in `/`), those of directories with a `/` at their end.
     fn sorted_names(&self, folder: &str) -> io::Result<Vec<String>> {
         let path = match self.path(folder.strip_suffix('/').unwrap_or(folder)) {
@@ -74,15 +59,6 @@ impl Directory {
         }
         names.sort_unstable();
         Ok(names)
-    }
-
-    fn holds_objects(&self, folder: &str) -> io::Result<bool> {
-        for name in self.sorted_names(folder)? {
-            if !name.ends_with('/') || self.holds_objects(&format!("{folder}{name}"))? {
-                return Ok(true);
-            }
-        }
-        Ok(false)
     }
 }
 

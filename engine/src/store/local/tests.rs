@@ -104,7 +104,6 @@ async fn a_directory_that_is_not_there_is_said_to_be_so() {
         let cause = |error: StoreError| error.cause;
         assert_eq!(store.get(&key("a")).await.map_err(cause), Err(StoreErrorCause::NoContainer));
         assert_eq!(store.list("", None).await.map_err(cause), Err(StoreErrorCause::NoContainer));
-        assert_eq!(store.list_folders("").await.map_err(cause), Err(StoreErrorCause::NoContainer));
         assert_eq!(store.delete(&key("a")).await.map_err(cause), Err(StoreErrorCause::NoContainer));
         fs::create_dir(dir.path().join("new")).unwrap();
         fs::write(&store.directory.root, "a file").unwrap();
@@ -151,8 +150,6 @@ async fn what_is_no_object_is_not_listed() {
         fs::create_dir(root.join("lost+found")).unwrap();
         symlink("a", root.join("link")).unwrap();
         assert_eq!(keys(&store).await, ["a/b"]);
-        assert_eq!(store.list_folders("").await.unwrap(), ["a"]);
-        assert_eq!(store.list_folders("empty/").await.unwrap(), <[&str; 0]>::default());
         // A folder is no object, nor has an object objects below it.
         assert!(store.get(&key("a")).await.unwrap_err().is_not_found());
         assert!(store.get(&key("a/b/c")).await.unwrap_err().is_not_found());
