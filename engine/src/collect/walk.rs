@@ -68,7 +68,7 @@ impl Piece {
 }
 
 /// Takes the pieces that roots need, where they are now; the same one more than once.
-pub(super) trait Needed: Send {
+pub(super) trait Needed: Send + Sync {
     /// One piece.
     fn need(&mut self, piece: Piece);
 
@@ -99,11 +99,18 @@ impl Needed for Inventory {
     }
 }
 
-/// A manifest block to go on from, and its position among those of its level.
-type Place = (usize, BlockRef);
+/// A manifest block to go on from.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Its position among those of its level.
+    position: usize,
+    block: BlockRef,
+    /// False for one that was copied, and goes when nobody needs the rest of its pack.
+    stays: bool,
+}
 
 /// What came of the blocks of one level, by position. A position that has several places, since it was copied, is lost only if
-/// none of them leads on.
+/// none of those that stay leads on.
 #[derive(Debug, Default)]
 struct Level {
     found: HashSet<usize>,
@@ -141,12 +148,22 @@ pub(super) struct Walk<'a> {
     tables: BTreeMap<PackId, Arc<Vec<(BlockRef, Relocation)>>>,
     /// Packs that some root needs where they were before a compaction.
     moved: BTreeSet<PackId>,
+    /// Packs with copies that are not in the list of packs, and there.
+    stored: HashSet<PackId>,
 }
 
 impl<'a> Walk<'a> {
     pub fn new(repo: &'a Repository, view: &'a View, ctx: &'a Context) -> Result<Self> {
-        let (walked, tables, moved) = (HashSet::new(), BTreeMap::new(), BTreeSet::new());
-        Ok(Self { repo, view, workers: Workers::start(ctx)?, ctx, walked, tables, moved })
+        Ok(Self {
+            repo,
+            view,
+            workers: Workers::start(ctx)?,
+            ctx,
+            walked: HashSet::new(),
+            tables: BTreeMap::new(),
+            moved: BTreeSet::new(),
+            stored: HashSet::new(),
+        })
     }
 
     /// Walks. Gives the copied packs that are needed through their copies; None when a root was purged while it was
@@ -213,18 +230,17 @@ impl<'a> Walk<'a> {
         let leaves = self.places(BlockKind::Leaf, blocks, needed, &mut level).await?;
         for batch in leaves.chunks(tree::BATCH_SEGMENTS) {
             self.ctx.check()?;
-            let child = |(segment, block): &Place| {
-                (*segment, Child::Block { block: *block, data_bytes: 0 })
+            let child = |place: &Place| {
+                (place.position, Child::Block { block: place.block, data_bytes: 0 })
             };
             let children = batch.iter().map(child).collect();
             let read = tree::leaves(self.repo, volume.len_bytes, children, &self.workers, self.ctx)
                 .await?;
-            for ((segment, block), (_, leaf)) in batch.iter().zip(read) {
-                let Some(leaf) = level.past(*segment, leaf)? else { continue };
-                let Some(leaf) = leaf else { continue };
+            for (Place { position, block, stays }, (_, leaf)) in batch.iter().zip(read) {
+                let Some(leaf) = level.past(*position, leaf)?.flatten() else { continue };
                 let all = self.leaf(&leaf, needed).await;
-                if level.past(*segment, all)?.is_some() {
-                    level.found.insert(*segment);
+                if level.past(*position, all)?.is_some() && *stays {
+                    level.found.insert(*position);
                     // Else other roots must still go through it, and find that something is missing.
                     self.walked.insert((block.pack, block.offset));
                 }
@@ -240,7 +256,7 @@ impl<'a> Walk<'a> {
     async fn places(
         &mut self,
         kind: BlockKind,
-        blocks: Vec<Place>,
+        blocks: Vec<(usize, BlockRef)>,
         needed: &mut dyn Needed,
         level: &mut Level,
     ) -> Result<Vec<Place>> {
@@ -252,25 +268,25 @@ impl<'a> Walk<'a> {
                 continue;
             }
             let settled = self.settle(Piece::Block(kind, block), needed).await;
-            let mut now: Vec<BlockRef> = Vec::new();
-            for piece in level.past(position, settled)?.into_iter().flatten() {
-                // Tables of copies are among them.
-                if let Piece::Block(found, block) = piece
-                    && found == kind
-                {
-                    now.push(block);
-                }
+            let Some(mut settled) = level.past(position, settled)? else { continue };
+            // Tables of copies are among them.
+            settled.retain(|piece| matches!(piece, Piece::Block(found, _) if *found == kind));
+            let is_walked = |piece: &Piece| {
+                let (pack, offset, _) = piece.place();
+                self.walked.contains(&(pack, offset))
+            };
+            if settled.iter().all(is_walked) {
+                level.found.insert(position);
+                self.walked.insert((block.pack, block.offset));
+                continue;
             }
-            if !now.contains(&block) && needed.knows(block.pack) {
-                now.push(block);
+            if !settled.contains(&Piece::Block(kind, block)) && needed.knows(block.pack) {
+                places.push(Place { position, block, stays: false });
             }
-            for block in now {
-                if self.walked.contains(&(block.pack, block.offset)) {
-                    level.found.insert(position);
-                } else {
-                    places.push((position, block));
-                }
-            }
+            places.extend(settled.into_iter().filter_map(|piece| match piece {
+                Piece::Block(_, block) => Some(Place { position, block, stays: true }),
+                Piece::Chunk { .. } => None,
+            }));
         }
         Ok(places)
     }
@@ -282,26 +298,31 @@ impl<'a> Walk<'a> {
         height: u8,
         nodes: Vec<Place>,
         level: &mut Level,
-    ) -> Result<Vec<Place>> {
+    ) -> Result<Vec<(usize, BlockRef)>> {
         let (repo, ctx) = (self.repo, self.ctx);
         let total = len_bytes.div_ceil(node::child_bytes(height));
-        let read = nodes.into_iter().map(|(position, block)| async move {
-            let before = position as u64 * FAN_OUT as u64;
+        let read = nodes.into_iter().map(|place| async move {
+            let before = place.position as u64 * FAN_OUT as u64;
             let count = (total - before.min(total)).min(FAN_OUT as u64) as usize;
-            (position, tree::read_node(repo, &block, height, count, ctx).await)
+            (place, tree::read_node(repo, &place.block, height, count, ctx).await)
         });
         let mut read = pin!(stream::iter(read).buffered(ctx.limits.requests));
-        let mut below: BTreeMap<(usize, PackId, u32), BlockRef> = BTreeMap::new();
-        while let Some((position, node)) = read.next().await {
+        let mut below: Vec<(usize, BlockRef)> = Vec::new();
+        while let Some((Place { position, stays, .. }, node)) = read.next().await {
             let Some(node) = level.past(position, node)? else { continue };
-            level.found.insert(position);
+            if stays {
+                level.found.insert(position);
+            }
             for (child, n) in node.children.iter().zip(position * FAN_OUT..) {
                 if let Child::Block { block, .. } = *child {
-                    below.insert((n, block.pack, block.offset), block);
+                    below.push((n, block));
                 }
             }
         }
-        Ok(below.into_iter().map(|((position, ..), block)| (position, block)).collect())
+        let place = |(position, block): &(usize, BlockRef)| (*position, block.pack, block.offset);
+        below.sort_unstable_by_key(place);
+        below.dedup_by_key(|below| place(below));
+        Ok(below)
     }
 
     /// Notes all chunks of a leaf as needed. Fails for the first that is missing, after all the rest.
@@ -331,16 +352,21 @@ impl<'a> Walk<'a> {
                 settled.push(piece);
                 continue;
             }
-            let mut covered = false;
+            let (mut covered, mut is_there) = (false, false);
             for (table, relocation) in self.tables(piece.pack()).await?.iter() {
                 if let Some(copy) = piece.moved(relocation) {
                     covered = true;
+                    is_there = is_there || self.is_stored(copy.pack(), needed).await?;
                     work.push(copy);
                     work.push(Piece::Block(BlockKind::Relocation, *table));
                 }
             }
-            if covered {
+            if covered && (is_there || !needed.knows(piece.pack())) {
                 self.moved.insert(piece.pack());
+            } else if covered {
+                // The copies are lost, and it is not: it must not go.
+                needed.need(piece);
+                settled.push(piece);
             } else {
                 if !needed.knows(piece.pack()) {
                     self.must_be_in_place(piece.pack()).await?;
@@ -352,16 +378,38 @@ impl<'a> Walk<'a> {
         Ok(settled)
     }
 
+    /// False for a pack that is gone, unless it was copied.
+    async fn is_stored(&mut self, pack: PackId, needed: &dyn Needed) -> Result<bool> {
+        // Those that were stored since the packs were listed are asked for, once.
+        if self.view.moves.contains_key(&pack) || needed.knows(pack) || self.stored.contains(&pack)
+        {
+            return Ok(true);
+        }
+        let is_stored = self.is_answered(pack).await?;
+        if is_stored {
+            self.stored.insert(pack);
+        }
+        Ok(is_stored)
+    }
+
     /// Fails for a pack that was copied and is gone, of which a piece is needed that no list of copies names: the piece's
     /// copies can't be told from garbage then.
     async fn must_be_in_place(&self, pack: PackId) -> Result<()> {
+        if self.is_answered(pack).await? {
+            return Ok(());
+        }
+        Err(Error::Missing {
+            object: Key::pack(pack).to_string(),
+            needed_by: "a snapshot, and no list of copies that is left has this part of it"
+                .to_owned(),
+        })
+    }
+
+    /// True when the store has a pack now.
+    async fn is_answered(&self, pack: PackId) -> Result<bool> {
         match self.repo.store().get_range(&Key::pack(pack), 0..1).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.is_not_found() => Err(Error::Missing {
-                object: Key::pack(pack).to_string(),
-                needed_by: "a snapshot, and no list of copies that is left has this part of it"
-                    .to_owned(),
-            }),
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

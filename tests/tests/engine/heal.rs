@@ -285,6 +285,32 @@ async fn a_lost_manifest_that_comes_back() {
     }
 }
 
+/// A copy that is lost while what it was made of is there: that stays.
+#[tokio::test]
+async fn a_lost_copy_takes_the_place_of_nothing() {
+    let (memory, repo) = new_repo().await;
+    let volume = volume();
+    let (first, second) = (take_alone(&repo, &volume).await, take_alone(&repo, &volume).await);
+    let key = Key::pack(data_pack(&first));
+    let body = memory.get(&key).await.unwrap();
+    memory.delete(&key).await.unwrap();
+    let before = objects(&*memory, "packs/").await;
+    assert_eq!(repair_with(&repo, &[]).await.lost, []);
+    put_back(&memory, &key, body).await;
+    for entry in objects(&*memory, "packs/").await {
+        // The table of copies is in a pack of its own.
+        if entry.len > 100_000 && !before.contains(&entry) && entry.key != key.as_str() {
+            memory.delete(&Key::from_listing(entry.key)).await.unwrap();
+        }
+    }
+    assert_eq!(objects(&*memory, "packs/").await.len(), before.len() + 2);
+    opened(&memory).await.delete(second.id, &context()).await.unwrap();
+    for _ in 0..2 {
+        collect_all(&opened(&memory).await).await.unwrap();
+        check(&opened(&memory).await, &first.volumes[0], &volume).await.unwrap();
+    }
+}
+
 /// Two repairs that knew nothing of each other have copied a leaf, and one of the copies is damaged.
 #[tokio::test]
 async fn one_of_two_copies_of_a_leaf_is_damaged() {
