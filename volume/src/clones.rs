@@ -209,12 +209,19 @@ async fn create_volume(pool: &Pool, request: CreateRequest) -> Result<Volume> {
 
 /// Deletes a volume. If it is a lazy clone, its pin stays noted in the pool until [`pins::settle`] has ended it.
 pub fn delete(volume: LockedVolume, copies_matter: bool) -> Result<()> {
-    // If it stays after all, settling forgets the note.
-    let _noted = match &volume.state().lazy {
-        Some(lazy) if !lazy.hydrated => Some(pins::note_end(volume.volume().pool(), lazy)?),
-        _ => None,
+    let pool = volume.volume().pool().clone();
+    let Some(lazy) = volume.state().lazy.clone().filter(|lazy| !lazy.hydrated) else {
+        return volume.delete(copies_matter).map(drop);
     };
-    volume.delete(copies_matter).map(|_| ())
+    match pins::note_end(&pool, &lazy) {
+        // In a full pool there is room for the note when the volume is gone.
+        Err(error) if error.is_full() => {
+            volume.delete(copies_matter)?;
+            pins::note_end(&pool, &lazy).map(drop)
+        }
+        // If the volume stays after all, settling forgets the note.
+        noted => noted.and_then(|_noted| volume.delete(copies_matter).map(drop)),
+    }
 }
 
 impl LockedVolume {

@@ -115,10 +115,6 @@ impl Programs {
             ["volume", "upload", "--quiet", "--pool"].map(OsString::from).to_vec();
         args.extend([pool.root().as_os_str().to_owned(), upload.to_string().into()]);
         let log = pool.run_directory()?.join("uploads.log");
-        if std::fs::metadata(&log).is_ok_and(|log| log.len() > MAX_LOG_BYTES) {
-            // It is in memory, and nobody reads what is so old.
-            std::fs::remove_file(&log).map_err(Error::io("delete", &log))?;
-        }
         let (mut child, _) = self.spawn(args, Stdio::null(), Stdio::null(), &log)?;
         let pid = child.id();
         let (sender, ended) = oneshot::channel();
@@ -151,6 +147,10 @@ impl Programs {
         stdout: Stdio,
         log: &Path,
     ) -> Result<(Child, Log)> {
+        if std::fs::metadata(log).is_ok_and(|log| log.len() > MAX_LOG_BYTES) {
+            // It is in memory, and nobody reads what is so old. Another process may have found the same.
+            let _ = std::fs::remove_file(log);
+        }
         let file = File::options().create(true).append(true).read(true).open(log);
         let file = file.map_err(Error::io("open", log))?;
         let from = file.metadata().map_err(Error::io("look at", log))?.len();

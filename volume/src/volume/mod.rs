@@ -185,6 +185,8 @@ impl LockedVolume {
             files::rename_new(&volume.directory, &trash)
                 .map_err(Error::io("delete", &volume.directory))?;
         }
+        // It is in memory, and nobody would ever delete it.
+        let _ = volume.server_log(state.id).map(std::fs::remove_file);
         volume.pool.remove_volume_directory(&trash)?;
         Ok(state)
     }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
 
+use petra_engine::SnapshotId;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
@@ -93,8 +94,13 @@ impl Volume {
             patience: state.wanted.patience(),
             threads: THREADS,
         };
-        let log = run.join(format!("{id}.log"));
+        let log = self.server_log(id)?;
         programs.start_image_server(&self.pool, &options, inherited, &log)
+    }
+
+    /// What its image servers say.
+    pub(super) fn server_log(&self, id: SnapshotId) -> Result<PathBuf> {
+        Ok(self.pool().run_directory()?.join(format!("{id}.log")))
     }
 
     /// True while a process serves the volume. Its file is not asked: a server that hangs would not answer.
