@@ -20,6 +20,7 @@ use crate::snapshot::{self, Parent, SnapshotRequest};
 use crate::source::Source;
 use crate::stored_source::StoredSource;
 use crate::url::Item;
+use crate::workers::Workers;
 
 /// How to copy.
 #[derive(Clone, Copy, Debug, Default)]
@@ -201,12 +202,14 @@ impl<'a> Job<'a> {
     ) -> Result<SnapshotRecord> {
         let plain = !self.from.keys().is_some() && !self.to.keys().is_some();
         let gives_ids = plain && self.from.config().chunking == self.to.config().chunking;
+        let workers = Workers::start(self.ctx)?;
         let mut sources: Vec<Arc<StoredSource>> = Vec::with_capacity(record.volumes.len());
         let mut volumes: Vec<(Name, Arc<dyn Source>)> = Vec::with_capacity(record.volumes.len());
         for volume in &record.volumes {
             let copied = base.and_then(|(base, copy)| Some((copy, base.volume(&volume.name)?)));
-            let source = StoredSource::open(self.from, volume, copied, gives_ids, self.ctx).await?;
-            let source = Arc::new(source);
+            let source =
+                StoredSource::open_with(self.from, volume, copied, gives_ids, &workers, self.ctx);
+            let source = Arc::new(source.await?);
             sources.push(source.clone());
             volumes.push((volume.name.clone(), source));
         }

@@ -85,6 +85,19 @@ impl StoredSource {
         gives_ids: bool,
         ctx: &Context,
     ) -> Result<Self> {
+        let workers = Workers::start(ctx)?;
+        Self::open_with(repo, volume, copied, gives_ids, &workers, ctx).await
+    }
+
+    /// The same with threads that all volumes of a snapshot share.
+    pub(crate) async fn open_with(
+        repo: &Repository,
+        volume: &VolumeRecord,
+        copied: Option<(SnapshotId, &VolumeRecord)>,
+        gives_ids: bool,
+        workers: &Workers,
+        ctx: &Context,
+    ) -> Result<Self> {
         let segments = readable_segments(repo, volume, ctx).await?;
         let unchanged = match copied {
             // A parent that can't be read only costs time.
@@ -107,7 +120,7 @@ impl StoredSource {
             gives_ids,
             ctx: Context { progress, ..ctx.clone() },
             runtime: Handle::current(),
-            workers: Workers::start(ctx)?,
+            workers: workers.clone(),
             reading: Mutex::default(),
             fetched_bytes: AtomicU64::new(0),
         })
@@ -252,6 +265,10 @@ impl Source for StoredSource {
                     self.load_window(open, at, step)?;
                 }
                 open.window.copy_to(piece, at);
+                if at + step == end {
+                    // Read to its end: what other volumes are read with needs the memory.
+                    open.window = Window::default();
+                }
                 Ok(())
             });
             if read?.is_none() {
