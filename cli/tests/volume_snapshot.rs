@@ -62,6 +62,14 @@ fn a_volume_is_snapshotted_while_it_is_mounted() {
     assert_eq!(sandbox.ok("volume upload"), "");
     sandbox.fails(&format!("volume upload {waiting}"), 2, &["no upload"]);
 
+    // One that can't be read keeps no other waiting.
+    let damaged = "00000000000000000000000001";
+    fs::write(pool.join(format!("uploads/{damaged}.json")), "{").unwrap();
+    let behind_it = sandbox.ok("volume snapshot data ./repo#e/r --later");
+    sandbox.fails("volume upload", 3, &[damaged]);
+    sandbox.fails(&format!("volume upload {behind_it}"), 2, &["no upload"]);
+    fs::remove_file(pool.join(format!("uploads/{damaged}.json"))).unwrap();
+
     // What was written is in it, and a second writer of the volume does not tear it.
     sandbox.ok(&format!("restore {urls} restored.img"));
     sandbox.ok("volume unmount data");

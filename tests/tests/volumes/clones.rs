@@ -211,6 +211,9 @@ async fn clones_of_a_snapshot_may_be_larger() {
         assert_eq!(error.kind(), ErrorKind::Fix, "{error}");
     }
     assert_eq!(other.pool.noted_pins().unwrap().len(), 0);
+    // One that can't be read hides no other.
+    fs::write(other.pool.root().join("pins/00000000000000000000000001"), "{").unwrap();
+    assert_eq!(other.pool.noted_pins().unwrap().len(), 0);
 
     // Its data is not here, so neither can be a copy of it.
     let lazy = other.pool.volume(&Name::new("volume", "same").unwrap()).unwrap();
