@@ -224,7 +224,7 @@ def machine(directory: Path) -> dict[str, Any]:
     vectors = next((name for flag, name in VECTORS if flag in flags), "")
     memory = int(Path("/proc/meminfo").read_text().split()[1]) * KIB
     return {"processor": names[0] if names else platform.machine(), "vectors": vectors, "cores": os.cpu_count(),
-            "memory_gib": round(memory / GIB), "kernel": platform.release(), "load_before": LOAD,
+            "memory_gib": round(memory / GIB), "kernel": platform.release().partition("-")[0], "load_before": LOAD,
             "file_system": output_of(["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(directory)]).split()[-1]}
 
 
